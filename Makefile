@@ -1,0 +1,59 @@
+# The two commands:  make pretrain   text to encoder on this machine, in ten minutes on two cores
+#                    make test       lint, and every test that is fast
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+
+TEXT ?= $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+SHARDS := shards/quickstart
+RUN := runs/quickstart
+EXPORT := export/quickstart
+
+export PYTHON
+export WANDB_SILENT ?= true
+
+.PHONY: pretrain test test-slow test-all lint format setup clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements.txt requirements-dev.txt
+	$(PYTHON) launch/check_machine.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(SHARDS)/train/manifest.json: | $(INSTALLED)
+	$(PY) shards/build.py --input $(TEXT) --out $(SHARDS) --tokenizer train:4096 --valid-fraction 0.02 --exclude site-packages dist-packages test tests
+
+pretrain: $(INSTALLED) $(SHARDS)/train/manifest.json
+	PYTHON=$(PY) launch/local.sh launch/pretrain.py --config configs/quickstart.yaml
+	$(PY) launch/evaluate.py --run $(RUN)
+	$(PY) launch/export.py --run $(RUN) --out $(EXPORT) --overwrite
+	$(PY) launch/fill_mask.py --model $(EXPORT) --top 3 \
+	    "import [MASK]" "for i in [MASK](10):" "if __name__ == \"__[MASK]__\":"
+	@echo
+	@echo "The run:      $(RUN)     (metrics.jsonl, checkpoints, the offline W&B run: wandb sync $(RUN)/wandb/offline-run-*)"
+	@echo "The shards:   $(SHARDS)  ($(PY) shards/inspect.py $(SHARDS))"
+	@echo "The encoder:  $(EXPORT)  (AutoModelForMaskedLM.from_pretrained(\"$(EXPORT)\"))"
+	@echo "Next: your own text, see 'Your own text' in README.md"
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+test: lint
+	$(PY) -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(PY) -m pytest -m slow
+
+test-all: test test-slow
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(SHARDS) $(RUN) $(EXPORT)

@@ -1,0 +1,36 @@
+"""What the launch scripts share: the package on the path, and one sentence with an exit code for every refusal."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from mlm_dist.schema import ConfigError  # noqa: E402
+
+EXIT_CONFIG_ERROR = 2
+# how often launchers look after their ranks, and a little more
+LAUNCHER_POLL_SECONDS = 2.0
+
+
+def run(main: Callable[[], int], refusals: tuple[type[Exception], ...] = (ConfigError,)) -> None:
+    """Exit with what `main` returns, or with 2 and one sentence where it raises one of the refusals."""
+    try:
+        code = main()
+    except refusals as error:
+        fail(str(error))
+    sys.exit(code)
+
+
+def fail(sentence: str) -> None:
+    """Say what is wrong, once for all ranks where all of them found it, and exit with 2."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    else:
+        # rank 0 says it for all; if this rank alone is at fault, the launcher has not ended it by then
+        time.sleep(LAUNCHER_POLL_SECONDS)
+        print(f"error on rank {rank}: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_CONFIG_ERROR)

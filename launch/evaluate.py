@@ -1,0 +1,67 @@
+"""Held-out loss of a run's checkpoint, with the same frozen masks as during training.
+
+python launch/evaluate.py --run runs/quickstart [--step 500] [--shards OTHER] [section.key=value ...]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import _cli
+import torch
+
+from mlm_dist import checkpoint, config, masking, schema, shards, stream, train, vocab, world
+from mlm_dist.engine import StepSums, forward_sums
+from mlm_dist.evaluate import evaluate
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, type=Path, help="run folder")
+    parser.add_argument("--step", type=int, help="checkpoint's step (default: the newest whole one)")
+    parser.add_argument("--shards", type=Path, help="shard folder whose held-out part to use (default: the run's own)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    path = checkpoint.find(args.run, args.step)
+    state = checkpoint.load_state(path)
+    cfg = schema.from_mapping(config.RunConfig, state.facts["config"])
+    root = args.shards or Path(cfg.data.shards)
+    tokenizer = vocab.load(root / "tokenizer")
+    if tokenizer.fingerprint != state.facts["tokenizer"]:
+        raise schema.ConfigError(
+            f"{root} was built with another tokenizer than {args.run} was trained with; build it again with that one"
+        )
+    manifest = shards.load_manifest(root / "valid")
+    model = train.load_model(cfg, tokenizer, path)
+    with world.join(cfg.engine.timeout_seconds) as here:
+        model.to(here.device).eval()
+        batches = stream.held_out_batches(
+            manifest, tokenizer, cfg.data, cfg.batch, here.rank, here.size, max_rows=cfg.evaluate.max_rows
+        )
+
+        @torch.no_grad()
+        def step(batch: stream.Batch) -> StepSums:
+            keys = masking.row_keys_by_sample(cfg.evaluate.seed, batch.row_keys.to(here.device))
+            return StepSums(**forward_sums(model, batch, keys, cfg.evaluate.rate, here.device))
+
+        numbers = evaluate(step, batches, here)
+        if here.is_main:
+            report(args.json, path, numbers)
+    return 0
+
+
+def report(as_json: bool, path: Path, numbers: dict[str, float]) -> None:
+    if as_json:
+        print(json.dumps({"checkpoint": str(path), **numbers}))
+        return
+    print(f"{path}: held-out loss {numbers['loss']:.4f}, perplexity {numbers['perplexity']:.2f}, "
+          f"accuracy {100 * numbers['accuracy']:.1f} %, over {numbers['targets']:,.0f} masked tokens")  # fmt: skip
+
+
+if __name__ == "__main__":
+    _cli.run(main, (schema.ConfigError, shards.ShardError, checkpoint.CheckpointError))

@@ -1,0 +1,55 @@
+"""Pretrain a masked language model, or go on with a run that was stopped: the same command does both.
+
+deepspeed launch/pretrain.py --config configs/quickstart.yaml run.dir=runs/mine optim.lr=2e-3
+"""
+
+import argparse
+import os
+
+import _cli
+
+from mlm_dist import config, schema
+from mlm_dist.config import RunConfig
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="keys (section.key=value overrides the file):\n\n" + schema.help_text(RunConfig),
+    )
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="YAML file (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would be, and exit")
+    parser.add_argument(
+        "--world-size", type=int, help="--dry-run: for so many ranks (default: those that were started)"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    cfg = config.load(args.config, args.overrides)
+    if args.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(dry_run(cfg, args.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
+        return 0
+    from mlm_dist import train
+
+    return train.train(cfg)
+
+
+def dry_run(cfg: RunConfig, world_size: int) -> str:
+    from mlm_dist import stream, vocab, world
+
+    tokenizer = vocab.load(f"{cfg.data.shards}/tokenizer")
+    stream.accumulation(cfg.batch, world_size)
+    return config.describe(cfg, world_size, world.pick_device(0), tokenizer.size)
+
+
+if __name__ == "__main__":
+    from mlm_dist.checkpoint import CheckpointError
+    from mlm_dist.shards import ShardError
+
+    _cli.run(main, (schema.ConfigError, ShardError, CheckpointError))

@@ -1,0 +1,40 @@
+"""mlm_dist: masked language model pretraining, from raw text to a Hugging Face folder.
+
+Reading order is import order: a module imports only modules above it in this list (tests/test_import_order.py).
+
+    yaml_tree    YAML text -> a tree whose values know the file and line they came from
+    schema       that tree -> frozen dataclasses; errors name the fix
+    world        ranks, device, sums and agreed flags across ranks, stop signals
+    vocab        the tokenizer: train, load, save; special ids
+    shards       what is inside a shard: write, read, manifest with counts and checksums
+    packing      documents -> fixed (B, T) rows with document boundaries
+    lanes        shards -> lanes -> windows: the order of the data, and its cursor
+    stream       lanes -> batches, fetched ahead by worker processes
+    masking      which tokens, and what replaces them; keyed, stateless, on the device
+    mlm          MLM: the wrapper around any transformer; returns the loss, and on request its sums
+    encoder      the fast encoder (ModernBERT architecture)
+    huggingface  encoder <-> transformers: names, configs, weights of a local folder
+    models       MODELS: encoder, any masked LM of transformers, any Python factory; FLOPs per token
+    optim        parameter groups, OPTIMIZERS, SCHEDULES as pure functions of the step
+    engine       DeepSpeed: build, train_step, eval_step
+    metrics      sums -> numbers; one reduction per report
+    tracker      console, metrics.jsonl, W&B
+    checkpoint   save, verify, resume, keep
+    evaluate     held-out loss with frozen masks
+    config       RunConfig: the sections above; checks across sections
+    train        the loop
+    export       a trained model -> Hugging Face folder
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # on first use: scripts that only read a configuration start without it
+    if name == "MLM":
+        from mlm_dist.mlm import MLM
+
+        return MLM
+    raise AttributeError(f"module 'mlm_dist' has no attribute {name!r}")

@@ -1,0 +1,263 @@
+"""Checkpoints: whole or not there at all. Saved under a temporary name, hashed, renamed; verified before a load.
+
+RUN/checkpoints/latest                        name of the newest complete one
+RUN/checkpoints/step_00001000/manifest.json   every file with its size and sha256; written last
+RUN/checkpoints/step_00001000/state.json      step, tokens, data cursor, config: all that a resume needs
+RUN/checkpoints/step_00001000/deepspeed/      weights and optimizer, one file or more a rank
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from mlm_dist.engine import Engine
+from mlm_dist.schema import ConfigError, setting
+from mlm_dist.world import World
+
+TAG = "deepspeed"
+
+# All that DeepSpeed's own files hold besides tensors and plain values; anything else is refused, unread.
+torch.serialization.add_safe_globals([ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler])
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = setting(500, low=1, help="steps between two checkpoints; one more is saved at the end")
+    keep_last: int = setting(2, low=1, help="how many of the newest to keep")
+    keep_every_steps: int | None = setting(
+        None, low=1, help="keep each checkpoint whose step is a multiple of this, for ever"
+    )
+    keep_best: bool = setting(True, help="keep the one with the lowest held-out loss")
+
+
+@dataclass
+class State:
+    """Where a run stands between two steps; the same on every rank."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    cursor: dict[str, Any] | None = None
+    total_steps: int | None = None
+    train_seconds: float = 0.0
+    valid_loss: float | None = None
+    best: dict[str, float] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, half-written or altered."""
+
+
+def save(folder: Path, engine: Engine, state: State, config: CheckpointConfig, world: World) -> Path:
+    """Save weights, optimizer and state as of `state.step`. All ranks call it. Returns the checkpoint's folder.
+
+    Raises CheckpointError on every rank, and leaves what was there untouched, when any rank fails to write.
+    """
+    final = folder / step_name(state.step)
+    if world.broadcast(final.exists()):
+        return final
+    staging = folder / f"tmp-{final.name}"
+    if world.is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    world.barrier()
+    problem, entries = attempt(lambda: write_files(staging, engine, state, world))
+    problem = first_problem(world.gather(problem))
+    if problem is None:
+        files = {name: entry for part in world.gather(entries) for name, entry in part.items()}
+        problem, _ = attempt(lambda: commit(staging, final, files, engine, state, world))
+        problem = first_problem(world.gather(problem))
+    if problem is not None:
+        if world.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {final} was not saved, those before it stand: {problem}")
+    if world.is_main:
+        prune(folder, config, state)
+    return final
+
+
+def attempt(call: Callable[[], Any]) -> tuple[str | None, Any]:
+    """What went wrong with writing, in words, or None; and the result."""
+    try:
+        return None, call()
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}", None
+
+
+def first_problem(problems: list[str | None]) -> str | None:
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), None)
+
+
+def write_files(staging: Path, engine: Engine, state: State, world: World) -> dict[str, dict[str, Any]]:
+    """Write this rank's files, flush them to the disk, and return their sizes and hashes by name."""
+    engine.deepspeed.save_checkpoint(str(staging), tag=TAG, save_latest=False)
+    if world.is_main:
+        # DeepSpeed drops a script beside the weights; nothing in a checkpoint is ever to be run
+        for script in staging.glob("*.py"):
+            script.unlink()
+        (staging / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+    mine = [path for path in sorted(staging.rglob("*")) if path.is_file() and owner(path) == world.rank]
+    entries = {}
+    for path in mine:
+        sync(path)
+        entries[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return entries
+
+
+def commit(staging: Path, final: Path, files: dict, engine: Engine, state: State, world: World) -> None:
+    """Rank 0: write the manifest, give the folder its name, move `latest`."""
+    if not world.is_main:
+        return
+    manifest = {
+        "step": state.step,
+        "world_size": world.size,
+        "zero_stage": engine.deepspeed.zero_optimization_stage(),
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        "files": files,
+    }
+    write_text(staging / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    sync(staging)
+    os.rename(staging, final)
+    write_text(final.parent / "latest", final.name + "\n")
+
+
+def owner(path: Path) -> int:
+    """The rank that writes a file: DeepSpeed names it where it is not rank 0."""
+    found = re.search(r"zero_pp_rank_(\d+)_", path.name)
+    return int(found.group(1)) if found else 0
+
+
+def resume(folder: Path, engine: Engine, world: World, say: Callable[[str], None]) -> State | None:
+    """Load the newest whole checkpoint, None where there is none at all.
+
+    A checkpoint that is not whole is named and the one before it is taken. Raises CheckpointError where there are
+    checkpoints and none of them is whole, ConfigError where it was saved by another number of ranks.
+    """
+    names = world.broadcast(newest_first(folder))
+    for name in names:
+        # each rank checks its share; one that finds a fault stops all
+        faults = [fault for part in world.gather(verify(folder / name, world.rank, world.size)) for fault in part]
+        if faults:
+            say(f"checkpoint {folder / name} is refused: {faults[0]}")
+            continue
+        manifest = json.loads((folder / name / "manifest.json").read_text())
+        if manifest["world_size"] != world.size:
+            raise ConfigError(
+                f"{folder / name} was saved by {manifest['world_size']} ranks; start as many (now {world.size})"
+            )
+        if manifest["zero_stage"] != engine.deepspeed.zero_optimization_stage():
+            raise ConfigError(f"{folder / name} was saved at engine.zero_stage={manifest['zero_stage']}; set the same")
+        path, _ = engine.deepspeed.load_checkpoint(str(folder / name), tag=TAG)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed could not load {folder / name}")
+        return load_state(folder / name)
+    if names:
+        raise CheckpointError(f"no checkpoint of {folder} is whole; restore one, or start again in another run.dir")
+    return None
+
+
+def load_state(checkpoint: Path) -> State:
+    """The state that a checkpoint holds."""
+    return State(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def newest_first(folder: Path) -> list[str]:
+    """Names of the complete checkpoints of a run, the newest first."""
+    return sorted((path.name for path in folder.glob("step_*") if path.is_dir()), reverse=True)
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files, in words; empty when nothing is."""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"manifest.json can't be read ({type(error).__name__})"]
+    faults = []
+    for name in sorted(files)[rank::world_size]:
+        path, entry = checkpoint / name, files[name]
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            faults.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
+        elif sha256(path) != entry["sha256"]:
+            faults.append(f"{name} was altered (its sha256 differs)")
+    return faults
+
+
+def prune(folder: Path, config: CheckpointConfig, state: State) -> None:
+    """Delete the checkpoints that no rule keeps."""
+    names = newest_first(folder)
+    kept = set(names[: config.keep_last])
+    if config.keep_every_steps:
+        kept |= {name for name in names if int(name.removeprefix("step_")) % config.keep_every_steps == 0}
+    if config.keep_best and state.best:
+        kept.add(step_name(int(state.best["step"])))
+    for name in set(names) - kept:
+        # renamed first: a checkpoint that is half deleted must not look whole
+        doomed = folder / f"tmp-{name}"
+        os.rename(folder / name, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def find(run: Path, step: int | None = None) -> Path:
+    """A whole checkpoint of a run: of the given step, else the newest. Raises ConfigError where there is none."""
+    folder = run / "checkpoints"
+    names = newest_first(folder) if step is None else [step_name(step)]
+    faults = []
+    for name in names:
+        found = verify(folder / name)
+        if not found:
+            return folder / name
+        faults.append(f"{name}: {found[0]}")
+    detail = f" ({'; '.join(faults)})" if faults else ""
+    raise ConfigError(f"{folder} holds no whole checkpoint{detail}; give the folder of a run that has saved one")
+
+
+def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All weights in fp32 on the host, whatever the stage and the number of ranks that saved them. Needs no GPU."""
+    folder = checkpoint / TAG
+    if json.loads((checkpoint / "manifest.json").read_text())["zero_stage"] == 0:
+        saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
+        return {name: value.float() if value.is_floating_point() else value for name, value in saved.items()}
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader sees the old text or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)

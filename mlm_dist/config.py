@@ -1,0 +1,150 @@
+"""RunConfig: one section per module, and the checks that span sections."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlm_dist import models, optim, schema
+from mlm_dist.checkpoint import CheckpointConfig
+from mlm_dist.engine import EngineConfig, deepspeed_json, resolve_precision
+from mlm_dist.evaluate import EvaluateConfig
+from mlm_dist.masking import MaskingConfig
+from mlm_dist.models import ModelConfig
+from mlm_dist.optim import OptimConfig, ScheduleConfig
+from mlm_dist.schema import ConfigError, setting
+from mlm_dist.stream import BatchConfig, DataConfig, accumulation
+from mlm_dist.tracker import LogConfig
+
+# What may differ between a run and its resumption, by key or section; every other change is refused by name.
+MAY_CHANGE = (
+    "run.dir",
+    "run.steps",
+    "run.tokens",
+    "run.hours",
+    "data.shards",  # the folder may move: its contents are compared instead
+    "data.workers",
+    "data.max_bad_shards",
+    "batch.micro_rows",
+    "engine.timeout_seconds",
+    "log",
+    "checkpoint",
+    "evaluate",
+)
+
+
+@dataclass(frozen=True)
+class RunSection:
+    dir: str = setting(help="the run folder: checkpoints, metrics and all that the run leaves")
+    seed: int = setting(1337, low=0, help="of the weights, the data order and the masks")
+    steps: int | None = setting(None, low=1, help="length of the run in optimizer steps")
+    tokens: int | None = setting(None, low=1, help="length of the run in positions (rows x seq_len)")
+    hours: float | None = setting(None, above=0, help="length of the run in hours of training, over all its launches")
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("steps", "tokens", "hours") if self.__dict__[name] is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"state the length once, as steps, tokens or hours: given is {' and '.join(given) or 'none of them'} "
+                "(null takes a parent's back)"
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run: RunSection
+    data: DataConfig
+    batch: BatchConfig
+    masking: MaskingConfig
+    model: ModelConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    engine: EngineConfig
+    log: LogConfig
+    checkpoint: CheckpointConfig
+    evaluate: EvaluateConfig
+    deepspeed: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "passed through to DeepSpeed; keys that a section owns are refused"}
+    )
+
+    def __post_init__(self) -> None:
+        optim.check(self.schedule, total_steps(self))
+        models.check(self.model, self.batch.seq_len)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file with its parents and overrides. Raises ConfigError with one sentence."""
+    return schema.load(RunConfig, path, overrides)
+
+
+def total_steps(config: RunConfig) -> int | None:
+    """Length of the run in steps; None for one measured in hours."""
+    if config.run.tokens is not None:
+        return math.ceil(config.run.tokens / (config.batch.global_rows * config.batch.seq_len))
+    return config.run.steps
+
+
+def refused_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs from the saved resolved configuration and may not, one sentence each."""
+    before, after = schema.flatten(saved), schema.flatten(now)
+    return [
+        f"{key} was {before.get(key)!r} and is {after.get(key)!r} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not may_change(key)
+    ]
+
+
+def may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+
+
+def memory_by_stage(parameters: int, precision: str, world_size: int) -> dict[int, float]:
+    """GiB a rank for weights, gradients and AdamW's state, without activations (Rajbhandari et al., arXiv 1910.02054).
+
+    fp32: 4 + 4 + 8 bytes a parameter; bf16 and fp16: 2 + 4 (summed in fp32) + 12 (with the fp32 master weights).
+    """
+    weights, gradients, state = (4, 4, 8) if precision == "fp32" else (2, 4, 12)
+    per_parameter = {
+        0: weights + gradients + state,
+        1: weights + gradients + state / world_size,
+        2: weights + (gradients + state) / world_size,
+        3: (weights + gradients + state) / world_size,
+    }
+    return {stage: parameters * size / 2**30 for stage, size in per_parameter.items()}
+
+
+def describe(config: RunConfig, world_size: int, device: torch.device, vocab_size: int) -> str:
+    """What a run would be, without starting it: the text of --dry-run."""
+    precision = resolve_precision(config.engine, device)
+    with torch.device("meta"):
+        model = models.build(config.model, vocab_size, config.batch.seq_len)
+    parameters = models.count_parameters(model)
+    flops = models.flops_per_token(config.model, model, vocab_size, config.batch.seq_len, config.masking.rate)
+    memory = memory_by_stage(parameters, precision, world_size)
+    tokens = config.batch.global_rows * config.batch.seq_len
+    steps = total_steps(config)
+    json_text = json.dumps(
+        deepspeed_json(config.engine, config.batch, precision, world_size, config.deepspeed), indent=2
+    )
+    lines = [
+        schema.to_yaml(config).rstrip(),
+        "",
+        f"parameters           {parameters:,} (vocabulary {vocab_size:,})",
+        f"FLOPs per token      {flops:,.0f} (forward and backward)",
+        f"tokens per step      {tokens:,} = {config.batch.global_rows} rows x {config.batch.seq_len}",
+        f"ranks                {world_size} x {accumulation(config.batch, world_size)} micro-batches "
+        f"x {config.batch.micro_rows} rows, {precision} on {device.type}",
+        "length               "
+        + (f"{steps:,} steps, {steps * tokens:,} tokens" if steps else f"{config.run.hours} hours"),
+        "memory per rank      "
+        + ", ".join(f"stage {stage}: {size:.2f} GiB" for stage, size in memory.items())
+        + "  (weights, gradients, optimizer; activations come on top)",
+        "",
+        "DeepSpeed configuration:",
+        json_text,
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,220 @@
+"""The DeepSpeed engine around an MLM: one optimizer step on the mean loss over every target of the global batch."""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+# Checkpoints are read back with tensors and plain values only, whatever DeepSpeed itself asks torch.load for.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+import deepspeed
+from deepspeed.ops import __compatible_ops__ as compatible_ops
+from deepspeed.utils import logger as deepspeed_logger
+
+from mlm_dist import masking, optim
+from mlm_dist.masking import MaskingConfig
+from mlm_dist.mlm import MLM
+from mlm_dist.optim import OptimConfig
+from mlm_dist.schema import ConfigError, setting
+from mlm_dist.stream import Batch, BatchConfig, accumulation
+from mlm_dist.world import World
+
+deepspeed_logger.setLevel(logging.WARNING)
+# DeepSpeed calls collectives by names that torch renamed; nothing a user could do about it
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+# A shared-memory all-reduce for inference, which training never calls and which takes a minute to compile.
+compatible_ops["deepspeed_shm_comm"] = False
+
+# What the typed sections decide; the `deepspeed:` mapping may not say it a second time.
+OWNED_KEYS = {
+    "train_batch_size": "batch.global_rows",
+    "train_micro_batch_size_per_gpu": "batch.micro_rows",
+    "gradient_accumulation_steps": "batch.global_rows and batch.micro_rows",
+    "gradient_clipping": "engine.clip",
+    "optimizer": "optim.name",
+    "scheduler": "schedule.name",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": "engine.offload_optimizer",
+    "bf16.enabled": "engine.precision",
+    "fp16.enabled": "engine.precision",
+    "data_types.grad_accum_dtype": "engine.precision",
+    "steps_per_print": "log.every_steps",
+    "wandb": "log.wandb",
+}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    zero_stage: Literal[0, 1, 2, 3] = setting(
+        1, help="0: nothing sharded; 1: optimizer; 2: gradients too; 3: weights too"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", help="auto: bf16 on a GPU, fp32 on a CPU")
+    clip: float = setting(1.0, low=0, help="largest norm of the gradient; 0 turns clipping off")
+    offload_optimizer: bool = setting(
+        False, help="keep the optimizer's state and step in host memory (zero_stage 1 to 3)"
+    )
+    timeout_seconds: float = setting(1800.0, above=0, help="how long a rank waits for the others")
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What one step or one evaluation batch of this rank adds up to: device tensors, read at log time alone."""
+
+    loss: torch.Tensor
+    targets: torch.Tensor
+    correct: torch.Tensor
+    by_mask: torch.Tensor
+    by_random: torch.Tensor
+    kept: torch.Tensor
+
+    def __add__(self, other: "StepSums") -> "StepSums":
+        return StepSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def resolve_precision(config: EngineConfig, device: torch.device) -> str:
+    """The precision a run really has: fp32, bf16 or fp16. Raises ConfigError for what DeepSpeed does not support."""
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    if config.zero_stage == 0 and precision == "bf16":
+        raise ConfigError(
+            "engine.zero_stage=0 with bf16 can't add gradients up in fp32 under DeepSpeed; "
+            "set engine.zero_stage=1 (as fast, less memory) or engine.precision=fp32"
+        )
+    if config.zero_stage == 0 and config.offload_optimizer:
+        raise ConfigError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+    return precision
+
+
+def deepspeed_json(
+    config: EngineConfig, batch: BatchConfig, precision: str, world_size: int, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """The configuration handed to DeepSpeed: what the typed sections say, and the `deepspeed:` mapping on top."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    made = {
+        "train_micro_batch_size_per_gpu": batch.micro_rows,
+        "gradient_accumulation_steps": accumulation(batch, world_size),
+        "gradient_clipping": config.clip,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+    }
+    return merge(made, extra)
+
+
+def merge(made: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """`extra` over `made`, mapping by mapping. Raises ConfigError for a key that a typed section owns."""
+    merged = dict(made)
+    for key, value in extra.items():
+        dotted = f"{path}{key}"
+        if dotted in OWNED_KEYS:
+            raise ConfigError(f"deepspeed.{dotted} is decided by {OWNED_KEYS[dotted]}; set that instead")
+        if isinstance(value, dict):
+            inner = merged.get(key, {})
+            merged[key] = merge(inner if isinstance(inner, dict) else {}, value, f"{dotted}.")
+        else:
+            merged[key] = value
+    return merged
+
+
+class Engine:
+    """An MLM inside DeepSpeed, on this rank.
+
+    model:     on every rank with the same weights
+    mask:      how targets are chosen and replaced; seed: the run's
+    extra:     the `deepspeed:` mapping
+    """
+
+    def __init__(
+        self,
+        model: MLM,
+        config: EngineConfig,
+        optim_config: OptimConfig,
+        batch: BatchConfig,
+        mask: MaskingConfig,
+        seed: int,
+        world: World,
+        extra: dict[str, Any],
+    ) -> None:
+        self.world, self.seed_by, self.seed = world, mask.seed_by, seed
+        self.precision = resolve_precision(config, world.device)
+        self.json = deepspeed_json(config, batch, self.precision, world.size, extra)
+        model = model.to(world.device)
+        optimizer = optim.build(optim_config, model)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
+
+    def train_step(self, batches: Sequence[Batch], targets: int, step: int, lr: float, rate: float) -> StepSums:
+        """One optimizer step.
+
+        batches: this rank's micro-batches of the step
+        targets: their targets, summed over all ranks (counted on the host before the first forward)
+        Returns this rank's sums over the micro-batches.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # DeepSpeed averages gradients over ranks: times the world's size, their sum remains
+        scale = self.world.size / max(targets, 1)
+        total: StepSums | None = None
+        self.deepspeed.train()
+        for micro_step, batch in enumerate(batches):
+            torch.manual_seed(masking.dropout_seed(self.seed, self.world.rank, step, micro_step))
+            sums = self._forward(batch, self._row_keys(batch, step, micro_step), rate)
+            self.deepspeed.backward(sums["loss"] * scale, scale_wrt_gas=False)
+            self.deepspeed.step()
+            detached = StepSums(**{name: value.detach() for name, value in sums.items()})
+            total = detached if total is None else total + detached
+        assert total is not None
+        return total
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch, rate: float, seed: int) -> StepSums:
+        """This rank's sums over one held-out batch, with masks that depend on the seed and the rows alone."""
+        self.deepspeed.eval()
+        keys = masking.row_keys_by_sample(seed, batch.row_keys.to(self.world.device))
+        return StepSums(**self._forward(batch, keys, rate))
+
+    def grad_norm(self) -> float | None:
+        """Norm of the last gradient before clipping, None where DeepSpeed does not compute it. Waits for the device."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """All weights as they are, on every rank's host. All ranks call it."""
+        named = list(self.deepspeed.module.named_parameters())
+        with deepspeed.zero.GatheredParameters(
+            [p for _, p in named], enabled=self.deepspeed.zero_optimization_stage() == 3
+        ):
+            return {name: p.detach().cpu().clone() for name, p in named}
+
+    def skipped_steps(self) -> int:
+        """Steps that were not applied because a gradient was not finite."""
+        return self.deepspeed.skipped_steps
+
+    def _row_keys(self, batch: Batch, step: int, micro_step: int) -> torch.Tensor:
+        if self.seed_by == "sample":
+            return masking.row_keys_by_sample(self.seed, batch.row_keys.to(self.world.device, non_blocking=True))
+        rows = batch.ids.shape[0]
+        return masking.row_keys_by_rank(self.seed, self.world.rank, step, micro_step, rows, self.world.device)
+
+    def _forward(self, batch: Batch, row_keys: torch.Tensor, rate: float) -> dict[str, torch.Tensor]:
+        return forward_sums(self.deepspeed, batch, row_keys, rate, self.world.device)
+
+
+def forward_sums(
+    model: torch.nn.Module, batch: Batch, row_keys: torch.Tensor, rate: float, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Sums of an MLM (in an engine or bare) over one batch, masked by the keys at the rate."""
+    ids, segments = (t.to(device, non_blocking=True) for t in (batch.ids, batch.segments))
+    return model(ids, row_keys=row_keys, rate=rate, sums=True, segments=segments)

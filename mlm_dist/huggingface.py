@@ -1,0 +1,281 @@
+"""transformers: its masked language models behind our interface, and the encoder's weights from and to ModernBERT."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mlm_dist.encoder import (
+    VOCABULARY_WEIGHTS,
+    Encoder,
+    EncoderConfig,
+    attention_mask,
+    document_starts,
+    positions_in_document,
+)
+from mlm_dist.schema import ConfigError
+from mlm_dist.vocab import Vocab, load
+
+if TYPE_CHECKING:
+    from transformers import ModernBertConfig, PreTrainedConfig, PreTrainedModel
+
+SPARE_ROWS = 128  # by which checkpoints round a vocabulary up, at most
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+# what a ModernBERT must say for our encoder to be the same model
+FIXED_IN_ENCODER = {
+    "hidden_activation": "gelu",
+    "classifier_activation": "gelu",
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "classifier_bias": False,
+    "decoder_bias": True,
+}
+NO_PART_OF_THE_SHAPE = ("init_std", "max_positions", "max_documents")
+
+
+# ---- the encoder from and to ModernBERT
+
+
+def modernbert_config(shape: EncoderConfig, vocab: Vocab) -> "ModernBertConfig":
+    """transformers' description of an encoder, without the rows that pad its vocabulary."""
+    from transformers import ModernBertConfig
+
+    thetas = {"full_attention": shape.rope_theta, "sliding_attention": shape.rope_theta_local}
+    return ModernBertConfig(
+        vocab_size=vocab.size,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=shape.max_positions,
+        layer_types=["full_attention" if shape.is_global(i) else "sliding_attention" for i in range(shape.layers)],
+        local_attention=shape.window,
+        rope_parameters={kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
+        norm_eps=shape.norm_eps,
+        initializer_range=shape.init_std,
+        tie_word_embeddings=shape.tie,
+        **FIXED_IN_ENCODER,
+        **special_ids(vocab),
+    )
+
+
+def encoder_config(hf: "PreTrainedConfig", folder: str) -> EncoderConfig:
+    """The inverse of `modernbert_config`. Raises ConfigError for what our encoder is not."""
+    if hf.model_type != "modernbert":
+        raise ConfigError(f"{folder} holds a {hf.model_type}, and not a modernbert; set model.kind=transformers")
+    described, kinds = hf.to_dict(), hf.layer_types
+    every = kinds.index("full_attention", 1) if "full_attention" in kinds[1:] else len(kinds)
+    ropes = [hf.rope_parameters[kind] for kind in ("full_attention", "sliding_attention")]
+    same = all(described[key] == value for key, value in FIXED_IN_ENCODER.items())
+    same = same and all((kind == "full_attention") == (i % every == 0) for i, kind in enumerate(kinds))
+    if not same or any(rope["rope_type"] != "default" for rope in ropes):
+        raise ConfigError(f"{folder} holds a modernbert with variations; set model.kind=transformers to train it")
+    return EncoderConfig(
+        layers=hf.num_hidden_layers,
+        width=hf.hidden_size,
+        heads=hf.num_attention_heads,
+        mlp_width=hf.intermediate_size,
+        max_positions=hf.max_position_embeddings,
+        global_every=every,
+        window=hf.local_attention,
+        rope_theta=ropes[0]["rope_theta"],
+        rope_theta_local=ropes[1]["rope_theta"],
+        norm_eps=hf.norm_eps,
+        tie=hf.tie_word_embeddings,
+        init_std=hf.initializer_range,
+    )
+
+
+@torch.no_grad()
+def copy_weights(model: Encoder, source: "PreTrainedModel", folder: str) -> None:
+    """Give the encoder the weights of a ModernBERT; rows that pad the vocabulary stay as they are.
+
+    Raises ConfigError where the shapes differ, with the section to write.
+    """
+    theirs = encoder_config(source.config, folder)
+    names = [field.name for field in fields(EncoderConfig) if field.name not in NO_PART_OF_THE_SHAPE]
+    wrong = [name for name in names if vars(theirs)[name] != vars(model.config)[name]]
+    if wrong:
+        values = ", ".join(f"{name}: {vars(theirs)[name]}" for name in wrong)
+        raise ConfigError(f"{folder} has another shape than model.encoder; write encoder: {{{values}}}")
+    weights = source.state_dict()
+    for name, weight in model.state_dict().items():
+        rows = model.vocab_size if name in VOCABULARY_WEIGHTS else len(weight)
+        weight[:rows].copy_(weights[name][:rows])
+
+
+def modernbert_weights(model: Encoder) -> dict[str, Tensor]:
+    """The encoder's weights as a ModernBERT without vocabulary padding has them: views of the same memory."""
+    return {
+        name: weight[: model.vocab_size] if name in VOCABULARY_WEIGHTS else weight
+        for name, weight in model.state_dict().items()
+    }
+
+
+# ---- any masked language model behind our interface
+
+
+class TransformersModel(nn.Module):
+    """A masked language model of transformers. Logits (B, T, V) for ids and segments (B, T).
+
+    packed: tell it of the documents by a (B, 1, T, T) mask and position ids; else only where there is padding
+    offset: the position id of a document's first token
+    """
+
+    def __init__(self, model: "PreTrainedModel", packed: bool, offset: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.packed = packed
+        self.offset = offset
+
+    def forward(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
+        return self.model(input_ids=ids, **self.keywords(segments)).logits
+
+    def keywords(self, segments: Tensor | None) -> dict[str, Any]:
+        """What the segments are to transformers."""
+        if segments is None:
+            return {}
+        if not self.packed:
+            return {"attention_mask": (segments > 0).long()}
+        length = segments.shape[1]
+        like = torch.empty(0, dtype=self.model.dtype, device=segments.device)
+        mask: Any = attention_mask(segments, length, length, like)  # (B, 1, T, T)
+        if self.model.config.model_type == "modernbert":  # which adds no window to a mask that it is given
+            near = attention_mask(segments, length, self.model.config.sliding_window, like)
+            mask = {"full_attention": mask, "sliding_attention": near}
+        return {"attention_mask": mask, "position_ids": positions_in_document(document_starts(segments)) + self.offset}
+
+
+class SplitTransformersModel(TransformersModel):
+    """One whose head can run on some of the positions."""
+
+    def hidden_states(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
+        """What `head` makes logits of, (B, T, d)."""
+        return self.model.base_model(input_ids=ids, **self.keywords(segments)).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (N, d) -> logits (N, V)."""
+        return HEADS[self.model.config.model_type](self.model, hidden)
+
+
+def adapt(model: "PreTrainedModel", packed: bool, offset: int = 0) -> TransformersModel:
+    """The model behind our interface, its head split off where it is known how."""
+    adapter = SplitTransformersModel if model.config.model_type in HEADS else TransformersModel
+    return adapter(model, packed, offset)
+
+
+# ---- making and reading one
+
+
+def on_meta() -> bool:
+    return torch.get_default_device().type == "meta"
+
+
+def new_model(architecture: str, options: dict[str, Any], vocab_size: int, vocab: Vocab | None) -> "PreTrainedModel":
+    """A model with fresh weights. Raises ConfigError for an architecture or options that transformers has not."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as KNOWN
+
+    if architecture not in KNOWN:
+        close = difflib.get_close_matches(architecture, KNOWN, n=3) or ["bert", "roberta", "modernbert"]
+        raise ConfigError(
+            f"model.architecture = {architecture} is no masked language model of transformers; "
+            f"did you mean {' or '.join(close)}?"
+        )
+    usual = AutoConfig.for_model(architecture)
+    refuse_unknown(options, usual)
+    ids = {name: number for name, number in special_ids(vocab).items() if hasattr(usual, name)}
+    try:
+        config = AutoConfig.for_model(architecture, **{"vocab_size": vocab_size} | ids | options)
+        return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever the architecture makes of its options
+        raise ConfigError(f"model.options make no {architecture}: {error}") from error
+
+
+def refuse_unknown(options: dict[str, Any], usual: "PreTrainedConfig") -> None:
+    """Raise ConfigError for options that the architecture does not have, which transformers would pass over."""
+    for name in options:
+        if name == "vocab_size":
+            raise ConfigError("model.options.vocab_size is the tokenizer's to say; take it out")
+        if not hasattr(usual, name):
+            close = difflib.get_close_matches(name, usual.to_dict(), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"model.options.{name} is no setting of {usual.model_type}{hint}")
+
+
+def special_ids(vocab: Vocab | None) -> dict[str, int | None]:
+    """The special ids under the names that they have in transformers' configurations."""
+    pad, cls, sep = (vocab.pad_id, vocab.cls_id, vocab.sep_id) if vocab is not None else (0, None, None)
+    return {
+        "pad_token_id": pad,
+        "cls_token_id": cls,
+        "bos_token_id": cls,
+        "sep_token_id": sep,
+        "eos_token_id": sep,
+    }
+
+
+def read_config(folder: str, options: dict[str, Any]) -> "PreTrainedConfig":
+    """A local folder's config.json, with `options` in place of what it says. Runs no code from the folder."""
+    from transformers import AutoConfig
+
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"model.from = {folder} is no Hugging Face folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        refuse_unknown(options, config)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever transformers makes of a config.json
+        raise ConfigError(f"{folder}/config.json can't be used: {error}") from error
+
+
+def read_model(folder: str, options: dict[str, Any], vocab_size: int, vocab: Vocab | None) -> "PreTrainedModel":
+    """The model of a local folder, in fp32; on the meta device its shape alone.
+
+    Raises ConfigError where its vocabulary or its weights don't fit.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    config = read_config(folder, options)
+    if not 0 <= config.vocab_size - vocab_size < SPARE_ROWS:
+        raise ConfigError(
+            f"{folder} has a vocabulary of {config.vocab_size}, and the shards one of {vocab_size}; "
+            f"build the shards with --tokenizer {folder}"
+        )
+    has_tokenizer = any((Path(folder) / name).exists() for name in TOKENIZER_FILES)
+    if vocab is not None and has_tokenizer and load(folder).tokenizer.get_vocab() != vocab.tokenizer.get_vocab():
+        raise ConfigError(f"the shards were made with another tokenizer; build them with --tokenizer {folder}")
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ConfigError(f"{folder} has no *.safetensors file, and weights in formats that can run code are not read")
+    if on_meta():
+        return AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
+    model, info = AutoModelForMaskedLM.from_pretrained(
+        folder,
+        config=config,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    missing = sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]
+    if missing:
+        raise ConfigError(f"{folder} lacks weights of a masked language model, such as {missing[0]}")
+    return model
+
+
+# what makes logits of the last hidden states, by transformers' model type
+HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "bert": lambda model, hidden: model.cls(hidden),
+    "roberta": lambda model, hidden: model.lm_head(hidden),
+    "xlm-roberta": lambda model, hidden: model.lm_head(hidden),
+    "camembert": lambda model, hidden: model.lm_head(hidden),
+    "modernbert": lambda model, hidden: model.decoder(model.head(hidden)),
+}

@@ -1,0 +1,213 @@
+"""The order of training: shards dealt to lanes, lanes read window by window, and the cursor that says where one stands.
+
+A lane is an endless sequence of rows. Each epoch a keyed permutation deals all shards to the lanes; a lane goes through
+its shards window by window and begins its next epoch by itself. Which window comes next follows from the manifest's
+counts alone, so a run goes on from a cursor without reading what came before. Row `g` of the run is the next row of
+lane `g % lanes`, so the order does not depend on who reads it: rank `r` of `n` owns the lanes `r::n` and delivers the
+rows with `g % n == r`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlm_dist.packing import hashed, pack, permutation
+from mlm_dist.schema import ConfigError
+from mlm_dist.shards import Manifest, ShardError, read_records
+from mlm_dist.vocab import Vocab
+
+MOST_LANES = 64
+
+# What is known of a row beside its tokens. `after`: the (epoch, window, row) that follows it in its lane.
+FACTS = np.dtype([("key", "i8"), ("maskable", "i4"), ("tokens", "i4"), ("documents", "i4"), ("after", "i8", 3)])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive records of one shard, read in one go and packed together."""
+
+    shard: int
+    first: int  # record in the shard
+    count: int
+
+
+def window_of(shard: int, samples: int, part: int, parts: int) -> Window:
+    """Window `part` of a shard that is cut in `parts` of nearly equal size."""
+    first = samples * part // parts
+    return Window(shard, first, samples * (part + 1) // parts - first)
+
+
+class LaneEpoch:
+    """One lane's share of one epoch: its shards in order, as a sequence of windows of at most `window_records`."""
+
+    def __init__(self, manifest: Manifest, window_records: int, seed: int, epoch: int, lane: int, lanes: int) -> None:
+        self.shards = permutation(len(manifest.shards), seed, epoch)[lane::lanes].tolist()
+        self.samples = [manifest.shards[shard].samples for shard in self.shards]
+        self.windows = [-(-samples // window_records) for samples in self.samples]
+        self.ends = np.cumsum(self.windows)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, window: int) -> Window:
+        place = np.searchsorted(self.ends, window, side="right")
+        part = window - int(self.ends[place]) + self.windows[place]
+        return window_of(self.shards[place], self.samples[place], part, self.windows[place])
+
+    def after_shard_of(self, window: int) -> int:
+        """The first window of the shard that comes after this window's."""
+        return int(self.ends[np.searchsorted(self.ends, window, side="right")])
+
+
+def windows_in_order(manifest: Manifest, window_records: int) -> Iterator[Window]:
+    """All windows of all shards, unshuffled: the held-out order."""
+    for shard, info in enumerate(manifest.shards):
+        parts = -(-info.samples // window_records)
+        yield from (window_of(shard, info.samples, part, parts) for part in range(parts))
+
+
+def resolve_lanes(shards: int, lanes: int | None, world_size: int) -> int:
+    """The number of lanes: as stated, or the largest power of two that is at most 64 and at most the number of shards.
+
+    Raises ConfigError where the ranks cannot share them evenly, or there are more than shards.
+    """
+    if shards < world_size:
+        raise ConfigError(
+            f"{shards} shards can't feed {world_size} ranks: each needs its own; build at least {world_size} shards"
+        )
+    count = lanes or 1 << (min(MOST_LANES, shards).bit_length() - 1)
+    if count <= shards and count % world_size == 0:
+        return count
+    fitting = range(world_size, shards + 1, world_size)
+    nearest = sorted(sorted(fitting, key=lambda other: abs(other - count))[:4])
+    problem = f"exceeds the {shards} shards" if count > shards else f"can't be shared evenly by {world_size} ranks"
+    raise ConfigError(f"data.lanes = {count} {problem}; lanes that work here: {', '.join(map(str, nearest))}")
+
+
+def own_lanes(rows: int, lanes: int, world_rank: int, world_size: int) -> list[int]:
+    """This rank's lanes in the order of their turns, after `rows` rows have been delivered over all ranks."""
+    return sorted(range(world_rank, lanes, world_size), key=lambda lane: (lane - rows) % lanes)
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n rows on their way to a batch."""
+
+    ids: np.ndarray  # (n, T) uint16 or uint32
+    segments: np.ndarray  # (n, T) int16
+    facts: np.ndarray  # (n,) FACTS
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, where: slice) -> "Rows":
+        return Rows(self.ids[where], self.segments[where], self.facts[where])
+
+    def __setitem__(self, where: slice | np.ndarray, rows: "Rows") -> None:
+        self.ids[where], self.segments[where], self.facts[where] = rows.ids, rows.segments, rows.facts
+
+
+def concatenate(parts: Sequence[Rows]) -> Rows:
+    """Rows one after the other; a single part is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "segments", "facts")))
+
+
+class BadShards:
+    """The shards that were given up, against the number that may be."""
+
+    def __init__(self, names: Sequence[str], most: int, manifest: Manifest) -> None:
+        self.names = set(names)
+        self.most = min(most, len(manifest.shards) - 1)  # with none left there is nothing to go on with
+
+    def add(self, name: str, error: ShardError) -> None:
+        """Count a shard; raises the error where the budget is spent."""
+        self.names.add(name)
+        if len(self.names) > self.most:
+            raise error
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads windows of shards and packs them."""
+
+    manifest: Manifest
+    vocab: Vocab
+    seq_len: int
+    packing: str  # a key of packing.MODES
+    window_records: int
+    plain: np.ndarray  # (V,) bool: the id is no special one
+
+    def read(self, window: Window, *key: int) -> Rows:
+        """The window's documents as rows, their order a function of the key; `key` and `after` are left to the caller.
+
+        Raises ShardError where the shard is damaged, missing or holds ids that the tokenizer doesn't have.
+        """
+        records = list(read_records(self.manifest, window.shard, window.first, window.count))
+        tokens = np.concatenate([record.tokens for record in records])
+        lengths = np.concatenate([record.lengths for record in records])
+        if len(tokens) and tokens.max() >= self.vocab.size:
+            raise ShardError(
+                self.manifest.path / self.manifest.shards[window.shard].name,
+                f"holds token id {tokens.max()}, and the tokenizer only has {self.vocab.size} ids: they don't match",
+            )
+        packed = pack(tokens, lengths, self.seq_len, self.vocab, self.packing, key)
+        facts = np.zeros(len(packed.ids), FACTS)
+        facts["maskable"] = np.count_nonzero(self.plain.take(packed.ids), axis=1)
+        facts["tokens"] = packed.tokens
+        facts["documents"] = packed.documents
+        return Rows(packed.ids, packed.segments, facts)
+
+    def blank_rows(self, count: int) -> Rows:
+        """Rows of padding alone."""
+        shape = (count, self.seq_len)
+        ids = np.full(shape, self.vocab.pad_id, self.manifest.dtype)
+        return Rows(ids, np.zeros(shape, np.int16), np.zeros(count, FACTS))
+
+
+def make_reader(manifest: Manifest, vocab: Vocab, seq_len: int, packing: str, window_records: int) -> Reader:
+    """A Reader for shards that belong to the tokenizer; raises ConfigError for others."""
+    if (manifest.tokenizer_sha256, manifest.vocab_size) != (vocab.fingerprint, vocab.size):
+        raise ConfigError(
+            f"the tokenizer does not match the shards in {manifest.path}: they were built with another "
+            f"({manifest.vocab_size} ids, this one has {vocab.size}); use the one beside them, or build them again"
+        )
+    if not manifest.tokens:
+        raise ConfigError(f"the shards in {manifest.path} hold no tokens; build them from text that isn't empty")
+    plain = np.ones(vocab.size, bool)
+    plain[list(vocab.special_ids)] = False
+    return Reader(manifest, vocab, seq_len, packing, window_records, plain)
+
+
+def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[int], bad: BadShards) -> Iterator[Rows]:
+    """The rows of one lane from `place` (epoch, window, row) on, one window at a time, endlessly.
+
+    Nothing that came before the place is read again. Raises the ShardError that `bad` refuses.
+    """
+    epoch, window, row = place
+    while True:
+        order = LaneEpoch(reader.manifest, reader.window_records, seed, epoch, lane, lanes)
+        while window < len(order):
+            where = order[window]
+            try:
+                rows = reader.read(where, seed, epoch, where.shard, where.first)
+            except ShardError as error:
+                bad.add(reader.manifest.shards[where.shard].name, error)
+                window, row = order.after_shard_of(window), 0
+                continue
+            assert row <= len(rows), "the cursor is of other shards, or of rows of another length"
+            numbers = np.arange(len(rows))
+            rows.facts["key"] = hashed(epoch, lane, window, numbers).view(np.int64)
+            rows.facts["after"] = np.stack(
+                [np.full_like(numbers, epoch), np.full_like(numbers, window), numbers + 1], axis=1
+            )
+            window += 1
+            rows.facts["after"][-1:] = (epoch, window, 0) if window < len(order) else (epoch + 1, 0, 0)
+            yield rows[row:]
+            row = 0
+        epoch, window = epoch + 1, 0

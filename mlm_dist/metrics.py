@@ -1,0 +1,137 @@
+"""Sums of all ranks -> the numbers that are logged. One reduction and one wait for the device per report."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+import torch
+
+from mlm_dist.engine import StepSums
+from mlm_dist.stream import Batch
+from mlm_dist.world import World
+
+Sums = dict[str, float]
+
+DEVICE_SUMS = tuple(f.name for f in fields(StepSums))
+HOST_SUMS = ("maskable", "tokens", "positions", "documents", "steps", "data_seconds")
+
+# Dense bf16 matrix-product peaks in FLOP/s, from NVIDIA's data sheets; the name as torch.cuda.get_device_name gives it.
+GPU_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "RTX 4090": 165e12,
+}
+
+
+class Meter:
+    """Adds up what the steps since the last report saw, on this rank.
+
+    flops_per_token: training arithmetic of one real token (forward and backward), for the utilisation
+    """
+
+    def __init__(self, world: World, flops_per_token: float) -> None:
+        self.world = world
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops(world.device)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.device_sums: StepSums | None = None
+        self.host_sums = dict.fromkeys(HOST_SUMS, 0.0)
+        self.started = time.perf_counter()
+
+    def add(self, sums: StepSums, batches: Sequence[Batch], data_seconds: float) -> None:
+        """Take in one step: what the engine added up, its micro-batches, and how long this rank waited for them."""
+        self.device_sums = sums if self.device_sums is None else self.device_sums + sums
+        add_batches(self.host_sums, batches)
+        self.host_sums["steps"] += 1
+        self.host_sums["data_seconds"] += data_seconds
+
+    def leave_out(self, seconds: float) -> None:
+        """Don't count so much time (an evaluation, a save) as training."""
+        self.started += seconds
+
+    def report(self) -> dict[str, float]:
+        """The metrics of all ranks since the last report, and start again. Every rank calls it; all get the same."""
+        sums = reduce_sums(self.world, self.device_sums, self.host_sums)
+        # after the reduction, which waited for the device: the seconds that the steps really took
+        seconds = time.perf_counter() - self.started
+        slowest = self.world.max(torch.tensor([seconds, self.host_sums["data_seconds"]], dtype=torch.float64)).tolist()
+        numbers = {name: metric(sums) for name, metric in METRICS.items()}
+        tokens_per_second = sums["tokens"] / slowest[0]
+        numbers |= {
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second * self.flops_per_token / (self.peak_flops * self.world.size),
+            "step_seconds": slowest[0] / max(self.host_sums["steps"], 1),
+            "data_wait": slowest[1] / slowest[0],
+        }
+        self._clear()
+        return numbers
+
+
+def add_batches(host_sums: Sums, batches: Sequence[Batch]) -> None:
+    """Add what the batches say of themselves, on the host, to the sums."""
+    for batch in batches:
+        host_sums["maskable"] += int(batch.maskable.sum())
+        host_sums["tokens"] += batch.tokens
+        host_sums["positions"] += batch.ids.numel()
+        host_sums["documents"] += batch.documents
+
+
+def reduce_sums(world: World, device_sums: StepSums | None, host_sums: Sums) -> Sums:
+    """All sums over all ranks, in one float64 vector whose order the tables above fix. Waits for the device once."""
+    if device_sums is None:
+        on_host = [0.0] * len(DEVICE_SUMS)
+    else:
+        on_host = torch.stack([getattr(device_sums, name).double() for name in DEVICE_SUMS]).tolist()
+    vector = torch.tensor(on_host + [host_sums[name] for name in HOST_SUMS], dtype=torch.float64)
+    return dict(zip(DEVICE_SUMS + HOST_SUMS, world.sum(vector).tolist(), strict=True))
+
+
+def peak_flops(device: torch.device) -> float:
+    """Matrix-product peak of one rank's device, FLOP/s: from the data sheet of a known GPU, measured otherwise."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = [peak for part, peak in GPU_PEAK_FLOPS.items() if part in name]
+        if known:
+            return known[0]
+    return measured_peak_flops(device)
+
+
+def measured_peak_flops(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+    """The best of a few square matrix products of the device, FLOP/s: fp32 on a CPU, bf16 on a GPU."""
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    best = math.inf
+    for _ in range(repeats):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def ratio(above: str, below: str) -> Callable[[Sums], float]:
+    """The metric `above / below`, 0 where nothing was seen."""
+    return lambda sums: sums[above] / sums[below] if sums[below] else 0.0
+
+
+def perplexity(sums: Sums) -> float:
+    return math.exp(min(ratio("loss", "targets")(sums), 700.0))
+
+
+METRICS: dict[str, Callable[[Sums], float]] = {
+    "loss": ratio("loss", "targets"),
+    "perplexity": perplexity,
+    "accuracy": ratio("correct", "targets"),
+    "mask_rate": ratio("targets", "maskable"),
+    "by_mask": ratio("by_mask", "targets"),
+    "by_random": ratio("by_random", "targets"),
+    "kept": ratio("kept", "targets"),
+    "packing": ratio("tokens", "positions"),
+}

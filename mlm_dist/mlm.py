@@ -1,0 +1,128 @@
+"""MLM: the masked language model objective around any transformer."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlm_dist.masking import IGNORED_LABEL, Masked, Masker
+
+
+@runtime_checkable
+class SplitHead(Protocol):
+    """A transformer whose head can run on some of the positions: head(hidden_states(ids)) equals its forward(ids)."""
+
+    def hidden_states(self, ids: Tensor, **kwargs: Any) -> Tensor:
+        """ids (B, T) -> hidden states (B, T, d)."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (N, d) -> logits (N, V)."""
+
+
+class MLM(nn.Module):
+    """Masks a batch of token ids, runs the transformer on it, and returns the loss on the masked tokens.
+
+    Keywords, defaults and meaning are those of lucidrains' mlm-pytorch (https://github.com/lucidrains/mlm-pytorch);
+    docs/differences-from-mlm-pytorch.md lists where its results are put right.
+
+    transformer:           ids (B, T) -> logits (B, T, V), or an object with `.logits`; with `SplitHead`'s two methods
+                           the head runs on the targets alone
+    mask_prob:             share of each row's maskable tokens that are targets, rounded up
+    random_token_prob:     share of the targets that become a random token
+    replace_prob:          share of the other targets that become the mask token; the rest stays as it is
+    num_tokens:            size of the vocabulary, needed where random_token_prob > 0
+    pad_token_id, mask_token_id, mask_ignore_token_ids: never a target, never overwritten, never drawn
+    policy:                token, whole_word or span
+    word_starts:           (V,) bool, True for ids that begin a word, needed by whole_word
+    span_mean_length:      of policy span, in tokens, at least 1 and below 10
+    Raises ValueError for a probability outside [0, 1], an unknown policy, and what is needed and missing.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        mask_prob: float = 0.15,
+        replace_prob: float = 0.9,
+        num_tokens: int | None = None,
+        random_token_prob: float = 0.0,
+        mask_token_id: int = 2,
+        pad_token_id: int = 0,
+        mask_ignore_token_ids: Iterable[int] = (),
+        *,
+        policy: str = "token",
+        word_starts: Tensor | None = None,
+        span_mean_length: float = 3.8,
+    ) -> None:
+        super().__init__()
+        if not 0 <= mask_prob <= 1:
+            raise ValueError(f"mask_prob must lie between 0 and 1, got {mask_prob}")
+        self.transformer = transformer
+        self.split_head = isinstance(transformer, SplitHead)
+        self.mask_prob = mask_prob
+        self.masker = Masker(
+            mask_token_id,
+            {*mask_ignore_token_ids, pad_token_id},
+            replace_prob,
+            random_token_prob,
+            num_tokens,
+            policy,
+            word_starts,
+            span_mean_length,
+        )
+
+    def forward(
+        self,
+        seq: Tensor,
+        *,
+        row_keys: Tensor | None = None,
+        rate: float | None = None,
+        sums: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | dict[str, Tensor]:
+        """The mean loss over the targets of seq (B, T), any integer type; 0 where there are none.
+
+        row_keys: (B,) int64, one key a row, from which its mask follows; drawn from torch's default generator if None
+        rate:     instead of mask_prob, for this call
+        sums:     return, as 0-d device tensors, the sum of the loss (which has the gradient) and, in int64, `targets`,
+                  how many of them the model got right (`correct`), and what they were shown as (`by_mask`,
+                  `by_random`, `kept`)
+        kwargs:   handed to the transformer. `segments` (B, T), where it takes them, is looked at too: 0 is padding,
+                  and words and spans don't cross from one segment into the next.
+        """
+        if row_keys is None:
+            row_keys = torch.randint(2**63 - 1, (seq.shape[0],), device=seq.device)
+        masked = self.masker(seq, row_keys, self.mask_prob if rate is None else rate, kwargs.get("segments"))
+        logits = self.target_logits(masked, **kwargs).float()  # (B * K, V)
+        labels = masked.labels.flatten()
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        if not sums:
+            return loss / masked.targets.clamp(min=1)
+        return {
+            "loss": loss,
+            "targets": masked.targets,
+            "correct": (logits.argmax(dim=-1) == labels).sum(),
+            "by_mask": masked.by_mask,
+            "by_random": masked.by_random,
+            "kept": masked.kept,
+        }
+
+    def target_logits(self, masked: Masked, **kwargs: Any) -> Tensor:
+        """The transformer's logits (B * K, V) in the slots for targets."""
+        rows, row_tokens = masked.ids.shape
+        if rows * row_tokens == 0:
+            return self.no_logits()
+        first = torch.arange(rows, device=masked.ids.device)[:, None] * row_tokens
+        index = (masked.positions + first).flatten()  # (B * K,) into (B * T,)
+        if self.split_head:
+            hidden = self.transformer.hidden_states(masked.ids, **kwargs)  # (B, T, d)
+            return self.transformer.head(hidden.flatten(0, 1)[index])
+        out = self.transformer(masked.ids, **kwargs)
+        logits = out if isinstance(out, Tensor) else out.logits  # (B, T, V)
+        return logits.flatten(0, 1)[index]
+
+    def no_logits(self) -> Tensor:
+        """Logits (0, 1) that give every parameter a gradient of 0: few transformers run on a batch without tokens."""
+        nothing = [p.flatten()[:0] for p in self.parameters() if p.requires_grad]
+        return torch.cat([torch.zeros(0, device=self.masker.ignored.device), *nothing])[:, None]

@@ -1,0 +1,163 @@
+"""The ranks of a run: who this process is, on which device, and what all ranks say together."""
+
+import os
+import random
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mlm_dist.schema import ConfigError
+
+EXIT_CONFIG_ERROR = 2
+EXIT_NON_FINITE = 17
+EXIT_STOPPED = 85
+EXIT_WATCHDOG = 124
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of one run, as this rank sees them.
+
+    rank, size:  this process among all of them
+    local_rank:  this process on its machine
+    device:      where this rank's model lives
+    control:     a gloo group for numbers that stay on the host, so that agreeing on them never waits for a GPU
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum over ranks of a host tensor, as a new one."""
+        total = numbers.clone()
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.control)
+        return total
+
+    def max(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The elementwise maximum over ranks of a host tensor, as a new one."""
+        largest = numbers.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return largest
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank: the same answer on all of them."""
+        return bool(self.max(torch.tensor([int(flag)])).item())
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item (plain picklable data of our own), in rank order, on every rank."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        """Rank 0's item, on every rank."""
+        box = [item]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+
+@contextmanager
+def join(timeout_seconds: float) -> Iterator[World]:
+    """Join the ranks that the launcher started (deepspeed, torchrun, srun), or be a world of one, for a `with` block.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without RANK this is the only rank.
+    Raises ConfigError where the rendezvous port is taken or the device is missing.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = pick_device(local_rank)
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"port {os.environ['MASTER_PORT']} is in use, by another run perhaps; "
+                f"give this one a free port: deepspeed --master_port {free_port()} ..."
+            ) from error
+        raise
+    control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+    try:
+        yield World(rank, size, local_rank, device, control)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """This rank's GPU, or the CPU where there is none or DS_ACCELERATOR=cpu asks for it."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        share_cores(int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            f"start at most that many ranks on it (deepspeed --num_gpus {torch.cuda.device_count()} ...)"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def share_cores(ranks_here: int) -> None:
+    """Give each CPU rank of this machine its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's generators; the same on every rank, so that all build the same weights."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGUSR1 or SIGINT while the `with` block runs; that is all the handlers do.
+
+    The ranks agree on it at a step.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def __enter__(self) -> "StopFlag":
+        self.previous = {number: signal.signal(number, self._set) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name

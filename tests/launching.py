@@ -1,0 +1,59 @@
+"""Start the real launcher, as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# a model that trains at hundreds of steps a minute
+TINY = (
+    "batch.seq_len=32", "batch.global_rows=16", "batch.micro_rows=4",
+    "model.encoder.layers=2", "model.encoder.width=32", "model.encoder.heads=2", "model.encoder.mlp_width=48",
+    "model.encoder.max_positions=64", "schedule.warmup_steps=2", "log.every_steps=1", "log.wandb=off", "data.workers=0",
+    "evaluate.every_steps=1000", "evaluate.max_rows=16", "checkpoint.every_steps=1000",
+)  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+
+
+def run(*command: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of this Python in the repository's root; output and errors together in `stdout`."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment() | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def pretrain(shards: Path, folder: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """`launch/local.sh launch/pretrain.py` on CPU ranks, with the tiny model and the overrides on top."""
+    chosen = {override.partition("=")[0]: override for override in (*TINY, *overrides)}
+    chosen.setdefault("data.shards", f"data.shards={shards}")
+    return subprocess.run(
+        [
+            "launch/local.sh", "launch/pretrain.py", "--config", "configs/quickstart.yaml",
+            f"run.dir={folder}", *chosen.values(),
+        ],
+        cwd=ROOT,
+        env=environment() | {"CPU_RANKS": str(ranks)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+
+
+def metrics(folder: Path, name: str) -> dict[int, Any]:
+    """One metric of a run, by step."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record[name] for record in records if name in record}

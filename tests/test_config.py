@@ -1,0 +1,79 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlm_dist import config, models, schema, stream
+from mlm_dist.config import RunConfig
+from mlm_dist.schema import ConfigError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml")
+QUICK = CONFIGS / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_loads_and_divides_over_its_ranks(name: str) -> None:
+    cfg = config.load(CONFIGS / name)
+    assert schema.from_mapping(RunConfig, schema.to_mapping(cfg)) == cfg
+    for world_size in (1, 2) if name == "quickstart.yaml" else (1, 8):
+        rows = stream.accumulation(cfg.batch, world_size) * world_size * cfg.batch.micro_rows
+        assert rows == cfg.batch.global_rows
+    with torch.device("meta"):
+        model = models.build(cfg.model, 50_000, cfg.batch.seq_len)
+    assert models.count_parameters(model) > 1e6
+
+
+def test_the_resolved_configuration_round_trips_through_yaml(tmp_path: Path) -> None:
+    cfg = config.load(QUICK, ["optim.lr=1e-4", "run.steps=null", "run.hours=1.5"])
+    (tmp_path / "resolved.yaml").write_text(schema.to_yaml(cfg))
+    assert config.load(tmp_path / "resolved.yaml") == cfg
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["run.tokens=1000"], "steps and tokens"),
+        (["run.steps=null"], "none of them"),
+        (["schedule.warmup_steps=700"], "schedule.warmup_steps = 700 leaves nothing of a run of 700 steps"),
+        (["batch.seq_len=256"], "max_positions"),
+        (["masking.keep=0.3"], "mask \\+ random \\+ keep"),
+    ],
+)
+def test_sections_that_contradict_each_other_are_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config.load(QUICK, overrides)
+
+
+def test_length_in_tokens_is_rounded_up_to_steps() -> None:
+    cfg = config.load(QUICK, ["run.steps=null", "run.tokens=1_000_000"])
+    assert config.total_steps(cfg) == -(-1_000_000 // (cfg.batch.global_rows * 128))
+    assert config.total_steps(config.load(QUICK, ["run.steps=null", "run.hours=2"])) is None
+
+
+def test_only_listed_keys_may_change_on_resume() -> None:
+    cfg = config.load(QUICK)
+    longer = replace(cfg, run=replace(cfg.run, steps=9999), log=replace(cfg.log, every_steps=1))
+    assert config.refused_changes(schema.to_mapping(cfg), schema.to_mapping(longer)) == []
+    other = replace(cfg, optim=replace(cfg.optim, lr=0.5), batch=replace(cfg.batch, global_rows=64))
+    refused = config.refused_changes(schema.to_mapping(cfg), schema.to_mapping(other))
+    assert [text.split(" ")[0] for text in refused] == ["batch.global_rows", "optim.lr"]
+
+
+def test_every_key_that_may_change_exists() -> None:
+    keys = schema.flatten(schema.to_mapping(config.load(QUICK)))
+    for allowed in config.MAY_CHANGE:
+        assert any(key == allowed or key.startswith(f"{allowed}.") for key in keys), allowed
+
+
+def test_memory_by_stage_falls_to_a_share_of_the_whole() -> None:
+    memory = config.memory_by_stage(10**9, "bf16", 8)
+    assert memory[0] == pytest.approx(18e9 / 2**30)
+    assert memory[0] > memory[1] > memory[2] > memory[3] == pytest.approx(memory[0] / 8)
+
+
+def test_dry_run_describes_the_run() -> None:
+    text = config.describe(config.load(QUICK), 2, torch.device("cpu"), 4096)
+    assert "ranks                2 x 1 micro-batches x 16 rows, fp32 on cpu" in text
+    assert '"gradient_accumulation_steps": 1' in text

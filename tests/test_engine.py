@@ -1,0 +1,141 @@
+"""The engine against plain torch: one process with the whole batch, the same masks, the same optimizer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import nn
+
+from mlm_dist import masking, optim, shards, stream, vocab, world
+from mlm_dist.engine import Engine, EngineConfig, deepspeed_json, merge, resolve_precision
+from mlm_dist.masking import MaskingConfig
+from mlm_dist.mlm import MLM
+from mlm_dist.optim import OptimConfig
+from mlm_dist.schema import ConfigError
+from mlm_dist.stream import Batch, BatchConfig, DataConfig
+from mlm_dist.world import World
+
+SEED, STEPS, RATE = 7, 5, 0.3
+# ragged on purpose: rows hold different numbers of targets, so that a mean of means would differ
+BATCH = BatchConfig(seq_len=64, global_rows=16, micro_rows=4)
+MASKING = MaskingConfig(seed_by="sample")
+OPTIM = OptimConfig(lr=1e-3)
+CLIP = 0.5
+
+
+class Small(nn.Module):
+    """Ids -> logits with one attention-free block: enough parameters of both kinds, and fast."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, 32)
+        self.mix = nn.Conv1d(32, 32, 5, padding=2)
+        self.norm = nn.LayerNorm(32)
+        self.out = nn.Linear(32, vocab_size)
+
+    def forward(self, ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = x + torch.relu(self.mix(x.transpose(1, 2)).transpose(1, 2))
+        return self.out(self.norm(x))
+
+
+def build(tokenizer: vocab.Vocab) -> MLM:
+    world.seed_everything(SEED)
+    return MLM(Small(tokenizer.size), **masking.mlm_keywords(MASKING, tokenizer))
+
+
+def micro_batches(toy: Path, tokenizer: vocab.Vocab, rank: int, size: int) -> Iterator[Batch]:
+    data = DataConfig(shards=str(toy), packing="pad", workers=0)
+    return stream.train_batches(shards.load_manifest(toy / "train"), tokenizer, data, BATCH, SEED, rank, size, None)
+
+
+def on_engine(toy: Path, *stages: int) -> dict[int, dict]:
+    """Losses and weights after some steps in DeepSpeed, by stage, as this rank sees them."""
+    with world.join(120) as here:
+        return {stage: train(toy, stage, here) for stage in stages}
+
+
+def train(toy: Path, stage: int, here: World) -> dict:
+    tokenizer = vocab.load(toy / "tokenizer")
+    config = EngineConfig(zero_stage=stage, clip=CLIP, precision="fp32")
+    engine = Engine(build(tokenizer), config, OPTIM, BATCH, MASKING, SEED, here, {})
+    losses = []
+    batches = micro_batches(toy, tokenizer, here.rank, here.size)
+    for step in range(STEPS):
+        window = [next(batches) for _ in range(stream.accumulation(BATCH, here.size))]
+        counted = sum(int(masking.targets_of(b.maskable, RATE).sum()) for b in window)
+        targets = int(here.sum(torch.tensor(counted)))
+        sums = engine.train_step(window, targets, step, lr=1e-3, rate=RATE)
+        assert int(here.sum(sums.targets)) == targets
+        losses.append(here.sum(sums.loss).item() / targets)
+    return {"losses": losses, "weights": engine.full_weights()}
+
+
+def in_plain_torch(toy: Path) -> dict:
+    tokenizer = vocab.load(toy / "tokenizer")
+    model = build(tokenizer)
+    optimizer = optim.build(OPTIM, model)
+    batches = micro_batches(toy, tokenizer, 0, 1)
+    losses = []
+    for _ in range(STEPS):
+        window = [next(batches) for _ in range(stream.accumulation(BATCH, 1))]
+        targets = sum(int(masking.targets_of(b.maskable, RATE).sum()) for b in window)
+        total = 0.0
+        for batch in window:
+            keys = masking.row_keys_by_sample(SEED, batch.row_keys)
+            sums = model(batch.ids, row_keys=keys, rate=RATE, sums=True, segments=batch.segments)
+            (sums["loss"] / targets).backward()
+            total += sums["loss"].item()
+        losses.append(total / targets)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": losses, "weights": model.state_dict()}
+
+
+@pytest.fixture(scope="module")
+def expected(toy: Path) -> dict:
+    return in_plain_torch(toy)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(toy: Path) -> list[dict[int, dict]]:
+    return on_ranks(2, on_engine, toy, 0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_equal_one_process_with_the_whole_batch(expected: dict, on_two_ranks: list, stage: int) -> None:
+    for rank in on_two_ranks:
+        got = rank[stage]
+        assert got["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+        assert got["weights"].keys() == expected["weights"].keys()
+        for name, weight in expected["weights"].items():
+            assert (got["weights"][name] - weight).abs().max() < 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(toy: Path, expected: dict, size: int) -> None:
+    for rank in on_ranks(size, on_engine, toy, 1):
+        assert rank[1]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+
+
+def test_what_deepspeed_cannot_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match="zero_stage=0 with bf16"):
+        resolve_precision(EngineConfig(zero_stage=0, precision="bf16"), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="offload_optimizer needs"):
+        resolve_precision(EngineConfig(zero_stage=0, offload_optimizer=True), torch.device("cpu"))
+    assert resolve_precision(EngineConfig(), torch.device("cpu")) == "fp32"
+    assert resolve_precision(EngineConfig(), torch.device("cuda")) == "bf16"
+
+
+def test_the_passthrough_reaches_deepspeed_but_not_what_a_section_owns() -> None:
+    extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "comms_logger": {"enabled": True}}
+    made = deepspeed_json(EngineConfig(zero_stage=2), BATCH, "fp32", 2, extra)
+    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert made["comms_logger"] == {"enabled": True}
+    assert made["gradient_accumulation_steps"] == 2
+    with pytest.raises(ConfigError, match=r"deepspeed\.zero_optimization\.stage is decided by engine.zero_stage"):
+        merge({}, {"zero_optimization": {"stage": 3}})

@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from mlm_dist import world
+from mlm_dist.engine import StepSums
+from mlm_dist.metrics import METRICS, Meter, measured_peak_flops, peak_flops
+from mlm_dist.stream import Batch
+
+
+def sums(loss: float, targets: int, correct: int, by_mask: int, by_random: int) -> StepSums:
+    counts = (targets, correct, by_mask, by_random, targets - by_mask - by_random)
+    return StepSums(torch.tensor(loss), *(torch.tensor(count) for count in counts))
+
+
+def batch(maskable: list[int], tokens: int) -> Batch:
+    rows = len(maskable)
+    return Batch(
+        ids=torch.zeros(rows, 16, dtype=torch.int32),
+        segments=torch.ones(rows, 16, dtype=torch.int16),
+        maskable=torch.tensor(maskable, dtype=torch.int32),
+        row_keys=torch.arange(rows),
+        cursor=None,
+        tokens=tokens,
+        documents=rows,
+    )
+
+
+SEEN = {  # by rank: two steps each, of different sizes
+    0: [(sums(20.0, 4, 1, 3, 1), [batch([14, 10], 28)]), (sums(10.0, 4, 2, 4, 0), [batch([12, 12], 30)])],
+    1: [(sums(2.0, 1, 1, 1, 0), [batch([4, 0], 6)]), (sums(4.0, 2, 0, 1, 0), [batch([6, 2], 10)])],
+}
+
+
+def report() -> dict[str, float]:
+    with world.join(60) as here:
+        meter = Meter(here, flops_per_token=1000.0)
+        for step_sums, batches in SEEN[here.rank]:
+            meter.add(step_sums, batches, data_seconds=0.001 * (here.rank + 1))
+        first = meter.report()
+        assert first["step_seconds"] > 0 and 0 < first["data_wait"] < 1
+        assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 1000 / (meter.peak_flops * 2))
+        meter.add(*SEEN[here.rank][0], data_seconds=0.0)
+        second = meter.report()
+        return {"first": first, "second": second}
+
+
+def test_the_numbers_are_those_of_both_ranks_together() -> None:
+    one, other = on_ranks(2, report)
+    for name in METRICS:
+        assert one["first"][name] == other["first"][name]
+    first = one["first"]
+    assert first["loss"] == pytest.approx(36 / 11)  # not the mean of the ranks' means, 30/8 and 6/3
+    assert first["perplexity"] == pytest.approx(math.exp(36 / 11))
+    assert first["accuracy"] == pytest.approx(4 / 11)
+    assert first["mask_rate"] == pytest.approx(11 / 60)
+    assert (first["by_mask"], first["by_random"], first["kept"]) == pytest.approx((9 / 11, 1 / 11, 1 / 11))
+    assert first["packing"] == pytest.approx(74 / 128)
+    assert one["second"]["loss"] == pytest.approx(22 / 5), "a report starts again"
+
+
+def test_nothing_seen_is_not_a_division_by_zero() -> None:
+    [got] = on_ranks(1, report_nothing)
+    assert got["loss"] == 0 and got["packing"] == 0 and got["perplexity"] == 1
+
+
+def report_nothing() -> dict[str, float]:
+    with world.join(60) as here:
+        return Meter(here, 1.0).report()
+
+
+def test_the_cpu_peak_is_measured() -> None:
+    assert 1e8 < measured_peak_flops(torch.device("cpu"), size=256) < 1e14
+    assert peak_flops(torch.device("cpu")) > 1e8
