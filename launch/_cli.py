@@ -1,5 +1,6 @@
 """What the launch scripts share: the package on the path, and one sentence with an exit code for every refusal."""
 
+import errno
 import os
 import sys
 import time
@@ -21,6 +22,10 @@ def run(main: Callable[[], int], refusals: tuple[type[Exception], ...] = (Config
         code = main()
     except refusals as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(f"no space left on the disk ({error.filename or 'while writing'}); make room and start again")
     sys.exit(code)
 
 

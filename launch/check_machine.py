@@ -28,6 +28,7 @@ def missing():
 
 
 if __name__ == "__main__":
-    for sentence in missing():
+    sentences = missing()
+    for sentence in sentences:
         print("missing:", sentence, file=sys.stderr)
-    sys.exit(1 if missing() else 0)
+    sys.exit(1 if sentences else 0)

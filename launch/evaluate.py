@@ -1,6 +1,6 @@
 """Held-out loss of a run's checkpoint, with the same frozen masks as during training.
 
-python launch/evaluate.py --run runs/quickstart [--step 500] [--shards OTHER] [section.key=value ...]
+python launch/evaluate.py --run runs/quickstart [--step 500] [--shards OTHER]
 """
 
 import argparse
@@ -31,6 +31,8 @@ def main() -> int:
     state = checkpoint.load_state(path)
     cfg = schema.from_mapping(config.RunConfig, state.facts["config"])
     root = args.shards or Path(cfg.data.shards)
+    if (root / "train").exists() and not (root / "valid").exists():
+        raise schema.ConfigError(f"{root} holds no held-out documents; give others with --shards")
     tokenizer = vocab.load(root / "tokenizer")
     if tokenizer.fingerprint != state.facts["tokenizer"]:
         raise schema.ConfigError(
@@ -64,4 +66,4 @@ def report(as_json: bool, path: Path, numbers: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    _cli.run(main, (schema.ConfigError, shards.ShardError, checkpoint.CheckpointError))
+    _cli.run(main, train.REFUSALS)

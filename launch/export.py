@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 import _cli
+from transformers.utils import logging
 
 from mlm_dist import checkpoint, config, export, schema, train, vocab
 
@@ -22,6 +23,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    logging.disable_progress_bar()
+    export.refuse_used(args.out, args.overwrite)
     path = checkpoint.find(args.run, args.step)
     state = checkpoint.load_state(path)
     cfg = schema.from_mapping(config.RunConfig, state.facts["config"])
@@ -36,10 +39,9 @@ def main() -> int:
         "training mask rate": cfg.masking.rate,
         "config": schema.to_yaml(cfg),
     }
-    export.write(args.out, model.transformer, cfg.model, tokenizer, facts, overwrite=args.overwrite)
-    print(f"{args.out}: step {state.step} of {args.run}, ready for transformers")
+    print(export.write(args.out, model.transformer, cfg.model, tokenizer, facts, overwrite=args.overwrite))
     return 0
 
 
 if __name__ == "__main__":
-    _cli.run(main, (schema.ConfigError, checkpoint.CheckpointError))
+    _cli.run(main, train.REFUSALS)

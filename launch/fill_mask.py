@@ -26,11 +26,12 @@ def parse() -> argparse.Namespace:
 
 
 def load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model, in fp32, and the tokenizer of a folder. Raises ConfigError where there are none."""
+    """The model, in fp32, and the tokenizer of a folder. Raises ConfigError where there are none, or damaged ones."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is no exported model: it has no config.json; make one with launch/export.py")
     # after the check: they take seconds
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -40,8 +41,10 @@ def load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         model = AutoModelForMaskedLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
         )
+    except SafetensorError as error:
+        raise ConfigError(f"the weights in {folder} are damaged ({error}); copy them again or export again") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} can't be loaded: {error}") from error
+        raise ConfigError(f"{folder} can't be loaded: {' '.join(str(error).split())}") from error
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -7,7 +7,7 @@ python=${PYTHON:-python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 ranks=()
 if [ "${DS_ACCELERATOR:-}" = cpu ] || ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
-    cores=$(nproc)
+    cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
     export DS_ACCELERATOR=cpu
     ranks=(--num_gpus "${CPU_RANKS:-$((cores < 2 ? 1 : 2))}")
 fi

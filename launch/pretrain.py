@@ -8,7 +8,7 @@ import os
 
 import _cli
 
-from mlm_dist import config, schema
+from mlm_dist import config, schema, train, world
 from mlm_dist.config import RunConfig
 
 
@@ -32,24 +32,18 @@ def main() -> int:
     args = parse()
     cfg = config.load(args.config, args.overrides)
     if args.dry_run:
+        if args.world_size is not None and args.world_size < 1:
+            raise schema.ConfigError(f"--world-size = {args.world_size} must be at least 1")
         if os.environ.get("RANK", "0") == "0":
             print(dry_run(cfg, args.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
-    from mlm_dist import train
-
     return train.train(cfg)
 
 
 def dry_run(cfg: RunConfig, world_size: int) -> str:
-    from mlm_dist import stream, vocab, world
-
-    tokenizer = vocab.load(f"{cfg.data.shards}/tokenizer")
-    stream.accumulation(cfg.batch, world_size)
+    *_, tokenizer = train.open_data(cfg, world_size)
     return config.describe(cfg, world_size, world.pick_device(0), tokenizer.size)
 
 
 if __name__ == "__main__":
-    from mlm_dist.checkpoint import CheckpointError
-    from mlm_dist.shards import ShardError
-
-    _cli.run(main, (schema.ConfigError, ShardError, CheckpointError))
+    _cli.run(main, train.REFUSALS)

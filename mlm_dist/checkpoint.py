@@ -7,11 +7,13 @@ RUN/checkpoints/step_00001000/deepspeed/      weights and optimizer, one file or
 """
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ class CheckpointConfig:
     keep_every_steps: int | None = setting(
         None, low=1, help="keep each checkpoint whose step is a multiple of this, for ever"
     )
-    keep_best: bool = setting(True, help="keep the one with the lowest held-out loss")
+    keep_best: bool = setting(True, help="of those that were saved, keep the one with the lowest held-out loss")
 
 
 @dataclass
@@ -65,41 +67,44 @@ class CheckpointError(RuntimeError):
 def save(folder: Path, engine: Engine, state: State, config: CheckpointConfig, world: World) -> Path:
     """Save weights, optimizer and state as of `state.step`. All ranks call it. Returns the checkpoint's folder.
 
-    Raises CheckpointError on every rank, and leaves what was there untouched, when any rank fails to write.
+    Raises CheckpointError where the disk has no room for it, and where a rank fails to write: that rank ends, and the
+    others with it. The checkpoints that were there before stand.
     """
     final = folder / step_name(state.step)
     if world.broadcast(final.exists()):
         return final
     staging = folder / f"tmp-{final.name}"
     if world.is_main:
-        shutil.rmtree(staging, ignore_errors=True)
+        # what a killed launch or an unfinished deletion left
+        for leftover in folder.glob("tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir(parents=True)
     world.barrier()
-    problem, entries = attempt(lambda: write_files(staging, engine, state, world))
-    problem = first_problem(world.gather(problem))
-    if problem is None:
-        files = {name: entry for part in world.gather(entries) for name, entry in part.items()}
-        problem, _ = attempt(lambda: commit(staging, final, files, engine, state, world))
-        problem = first_problem(world.gather(problem))
-    if problem is not None:
-        if world.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {final} was not saved, those before it stand: {problem}")
+    check_space(folder, engine, world)
+    try:
+        written = world.gather(write_files(staging, engine, state, world))
+        files = {name: entry for part in written for name, entry in part.items()}
+        commit(staging, final, files, engine, state, world)
+        world.barrier()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {final} was not saved, those before it stand: {error}") from error
     if world.is_main:
         prune(folder, config, state)
     return final
 
 
-def attempt(call: Callable[[], Any]) -> tuple[str | None, Any]:
-    """What went wrong with writing, in words, or None; and the result."""
-    try:
-        return None, call()
-    except (OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}", None
+def check_space(folder: Path, engine: Engine, world: World) -> None:
+    """Raise CheckpointError on every rank where the disk has no room: found out half-way, ranks would wait in vain.
 
-
-def first_problem(problems: list[str | None]) -> str | None:
-    return next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), None)
+    A checkpoint takes 16 bytes a parameter at most: weights, master weights and AdamW's two states, in fp32.
+    """
+    needed = 16 * sum(engine.sizes())
+    free = world.broadcast(shutil.disk_usage(folder).free)
+    if free < needed:
+        raise CheckpointError(
+            f"no space left for a checkpoint in {folder}: it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
+            "free; make room, or set checkpoint.keep_last lower, and start again: the checkpoints before it stand"
+        )
 
 
 def write_files(staging: Path, engine: Engine, state: State, world: World) -> dict[str, dict[str, Any]]:
@@ -130,6 +135,7 @@ def commit(staging: Path, final: Path, files: dict, engine: Engine, state: State
         "files": files,
     }
     write_text(staging / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    sync(staging / TAG)
     sync(staging)
     os.rename(staging, final)
     write_text(final.parent / "latest", final.name + "\n")
@@ -141,33 +147,46 @@ def owner(path: Path) -> int:
     return int(found.group(1)) if found else 0
 
 
-def resume(folder: Path, engine: Engine, world: World, say: Callable[[str], None]) -> State | None:
-    """Load the newest whole checkpoint, None where there is none at all.
+def newest_whole(folder: Path, world: World, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that every rank finds whole; None where there is none at all. All ranks call it.
 
-    A checkpoint that is not whole is named and the one before it is taken. Raises CheckpointError where there are
-    checkpoints and none of them is whole, ConfigError where it was saved by another number of ranks.
+    One that is not whole is named and set aside, as `bad-...`, so that the run can save that step again. Raises
+    CheckpointError where there are checkpoints and none of them is whole.
     """
     names = world.broadcast(newest_first(folder))
     for name in names:
-        # each rank checks its share; one that finds a fault stops all
+        # each rank checks its share; what one finds stops all
         faults = [fault for part in world.gather(verify(folder / name, world.rank, world.size)) for fault in part]
-        if faults:
-            say(f"checkpoint {folder / name} is refused: {faults[0]}")
-            continue
-        manifest = json.loads((folder / name / "manifest.json").read_text())
-        if manifest["world_size"] != world.size:
-            raise ConfigError(
-                f"{folder / name} was saved by {manifest['world_size']} ranks; start as many (now {world.size})"
-            )
-        if manifest["zero_stage"] != engine.deepspeed.zero_optimization_stage():
-            raise ConfigError(f"{folder / name} was saved at engine.zero_stage={manifest['zero_stage']}; set the same")
-        path, _ = engine.deepspeed.load_checkpoint(str(folder / name), tag=TAG)
-        if path is None:
-            raise CheckpointError(f"DeepSpeed could not load {folder / name}")
-        return load_state(folder / name)
+        if not faults:
+            return folder / name
+        say(f"checkpoint {folder / name} is refused: {faults[0]}; it is kept as {set_aside(folder, name, world)}")
     if names:
         raise CheckpointError(f"no checkpoint of {folder} is whole; restore one, or start again in another run.dir")
     return None
+
+
+def set_aside(folder: Path, name: str, world: World) -> str:
+    """Give a checkpoint a name that is not a checkpoint's."""
+    number = 1
+    while (folder / f"bad-{number}-{name}").exists():
+        number += 1
+    world.barrier()
+    if world.is_main:
+        os.rename(folder / name, folder / f"bad-{number}-{name}")
+    world.barrier()
+    return f"bad-{number}-{name}"
+
+
+def load(saved: Path, engine: Engine, world: World) -> None:
+    """Put a whole checkpoint's weights and optimizer state into the engine.
+
+    All ranks call it. Raises ConfigError where it was saved by another number of ranks.
+    """
+    ranks = json.loads((saved / "manifest.json").read_text())["world_size"]
+    if ranks != world.size:
+        raise ConfigError(f"{saved} was saved by {ranks} ranks; start as many (these are {world.size})")
+    path, _ = engine.deepspeed.load_checkpoint(str(saved), tag=TAG)
+    assert path is not None, "DeepSpeed found no checkpoint where one was verified"
 
 
 def load_state(checkpoint: Path) -> State:
@@ -220,15 +239,18 @@ def prune(folder: Path, config: CheckpointConfig, state: State) -> None:
 def find(run: Path, step: int | None = None) -> Path:
     """A whole checkpoint of a run: of the given step, else the newest. Raises ConfigError where there is none."""
     folder = run / "checkpoints"
-    names = newest_first(folder) if step is None else [step_name(step)]
+    names = [name for name in newest_first(folder) if step is None or name == step_name(step)]
     faults = []
     for name in names:
         found = verify(folder / name)
         if not found:
             return folder / name
         faults.append(f"{name}: {found[0]}")
+    which = "" if step is None else f" of step {step}"
     detail = f" ({'; '.join(faults)})" if faults else ""
-    raise ConfigError(f"{folder} holds no whole checkpoint{detail}; give the folder of a run that has saved one")
+    there = ", ".join(str(int(name.removeprefix("step_"))) for name in newest_first(folder))
+    advice = f"there are those of steps {there}" if there else "give the folder of a run that has saved one"
+    raise ConfigError(f"{folder} holds no whole checkpoint{which}{detail}; {advice}")
 
 
 def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -237,7 +259,9 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     if json.loads((checkpoint / "manifest.json").read_text())["zero_stage"] == 0:
         saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
         return {name: value.float() if value.is_floating_point() else value for name, value in saved.items()}
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG))
+    # it reports its progress to both
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG))
 
 
 def sha256(path: Path) -> str:

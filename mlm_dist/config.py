@@ -17,7 +17,7 @@ from mlm_dist.masking import MaskingConfig
 from mlm_dist.models import ModelConfig
 from mlm_dist.optim import OptimConfig, ScheduleConfig
 from mlm_dist.schema import ConfigError, setting
-from mlm_dist.stream import BatchConfig, DataConfig, accumulation
+from mlm_dist.stream import BatchConfig, DataConfig, accumulation, micro_rows
 from mlm_dist.tracker import LogConfig
 
 # What may differ between a run and its resumption, by key or section; every other change is refused by name.
@@ -137,7 +137,7 @@ def describe(config: RunConfig, world_size: int, device: torch.device, vocab_siz
         f"FLOPs per token      {flops:,.0f} (forward and backward)",
         f"tokens per step      {tokens:,} = {config.batch.global_rows} rows x {config.batch.seq_len}",
         f"ranks                {world_size} x {accumulation(config.batch, world_size)} micro-batches "
-        f"x {config.batch.micro_rows} rows, {precision} on {device.type}",
+        f"x {micro_rows(config.batch, world_size)} rows, {precision} on {device.type}",
         "length               "
         + (f"{steps:,} steps, {steps * tokens:,} tokens" if steps else f"{config.run.hours} hours"),
         "memory per rank      "

@@ -11,6 +11,9 @@ import torch
 
 # Checkpoints are read back with tensors and plain values only, whatever DeepSpeed itself asks torch.load for.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+# DeepSpeed finds this out by itself too, with a warning
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 from deepspeed.ops import __compatible_ops__ as compatible_ops
@@ -21,7 +24,7 @@ from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
 from mlm_dist.optim import OptimConfig
 from mlm_dist.schema import ConfigError, setting
-from mlm_dist.stream import Batch, BatchConfig, accumulation
+from mlm_dist.stream import Batch, BatchConfig, accumulation, micro_rows
 from mlm_dist.world import World
 
 deepspeed_logger.setLevel(logging.WARNING)
@@ -81,6 +84,8 @@ def resolve_precision(config: EngineConfig, device: torch.device) -> str:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("engine.precision=fp16 needs a GPU; set engine.precision=auto, which is fp32 on a CPU")
     if config.zero_stage == 0 and precision == "bf16":
         raise ConfigError(
             "engine.zero_stage=0 with bf16 can't add gradients up in fp32 under DeepSpeed; "
@@ -99,7 +104,7 @@ def deepspeed_json(
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     made = {
-        "train_micro_batch_size_per_gpu": batch.micro_rows,
+        "train_micro_batch_size_per_gpu": micro_rows(batch, world_size),
         "gradient_accumulation_steps": accumulation(batch, world_size),
         "gradient_clipping": config.clip,
         "zero_optimization": zero,
@@ -121,6 +126,9 @@ def merge(made: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[s
         dotted = f"{path}{key}"
         if dotted in OWNED_KEYS:
             raise ConfigError(f"deepspeed.{dotted} is decided by {OWNED_KEYS[dotted]}; set that instead")
+        inside = [owner for key, owner in OWNED_KEYS.items() if key.startswith(f"{dotted}.")]
+        if inside and not isinstance(value, dict):
+            raise ConfigError(f"deepspeed.{dotted} can't be set as a whole: {inside[0]} decides a part of it")
         if isinstance(value, dict):
             inner = merged.get(key, {})
             merged[key] = merge(inner if isinstance(inner, dict) else {}, value, f"{dotted}.")
@@ -190,13 +198,9 @@ class Engine:
         norm = self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def full_weights(self) -> dict[str, torch.Tensor]:
-        """All weights as they are, on every rank's host. All ranks call it."""
-        named = list(self.deepspeed.module.named_parameters())
-        with deepspeed.zero.GatheredParameters(
-            [p for _, p in named], enabled=self.deepspeed.zero_optimization_stage() == 3
-        ):
-            return {name: p.detach().cpu().clone() for name, p in named}
+    def sizes(self) -> list[int]:
+        """The number of elements of each parameter, whole also where the stage shards it."""
+        return [getattr(p, "ds_numel", p.numel()) for p in self.deepspeed.module.parameters()]
 
     def skipped_steps(self) -> int:
         """Steps that were not applied because a gradient was not finite."""

@@ -72,7 +72,7 @@ def write(
                its own; a `license`, `language` or `datasets` goes to the card's metadata
     overwrite: replace the model that stands in `folder`
     The folder appears whole or not at all, and only once it was loaded and gave the model's logits. What a factory made
-    gets no config.json. Raises ConfigError for a folder that is in use.
+    gets no config.json. Raises ConfigError for a folder that is in use, and where the logits differ.
     """
     folder = Path(folder)
     refuse_used(folder, overwrite)
@@ -91,8 +91,12 @@ def write(
     return f"{folder}: ready for AutoModelForMaskedLM.from_pretrained and pipeline('fill-mask')"
 
 
-def refuse_used(folder: Path, overwrite: bool) -> None:
-    """Raise ConfigError where `folder` holds something, unless it is a model and `overwrite` is set."""
+def refuse_used(folder: str | Path, overwrite: bool) -> None:
+    """Raise ConfigError where `folder` holds something, unless it is a model and `overwrite` is set.
+
+    `write` does this itself; call it first where getting the model takes long.
+    """
+    folder = Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not any((folder / name).exists() for name in MODEL_FILES):
@@ -155,9 +159,9 @@ def as_modernbert(model: Encoder, vocab: Vocab) -> "PreTrainedModel":
 def verify(folder: Path, model: nn.Module, vocab: Vocab, length: int) -> None:
     """Load the folder as its users will, and compare its logits on `length` tokens with the model's.
 
-    Raises RuntimeError where weights are missing or left over, or a logit differs by more than 1e-5 of the largest.
+    Raises ConfigError where weights are missing or left over, or a logit differs by more than 1e-5 of the largest.
     """
-    from transformers import AutoModelForMaskedLM
+    from transformers import AutoModelForMaskedLM, __version__
 
     loaded, info = AutoModelForMaskedLM.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -170,8 +174,10 @@ def verify(folder: Path, model: nn.Module, vocab: Vocab, length: int) -> None:
     difference = (loaded.eval()(ids).logits - expected).abs().max().item()
     faults = {name: keys for name, keys in info.items() if keys}
     if faults or not difference <= 1e-5 * max(1.0, expected.abs().max().item()):
-        raise RuntimeError(
-            f"the exported model is not the trained one: its logits differ by {difference:.2g}; {faults}"
+        wrong = "".join(f", {name}: {', '.join(map(str, keys))}" for name, keys in faults.items())
+        raise ConfigError(
+            f"nothing was exported: what transformers {__version__} makes of the model is not what was trained (logits "
+            f"differ by {difference:.2g}{wrong}); export with the version of transformers that requirements.txt names"
         )
 
 

@@ -72,16 +72,24 @@ def resolve_lanes(shards: int, lanes: int | None, world_size: int) -> int:
 
     Raises ConfigError where the ranks cannot share them evenly, or there are more than shards.
     """
+    held = f"{shards} shard{'' if shards == 1 else 's'}"
     if shards < world_size:
+        # build.py makes more than 64 only as --shard-tokens says, and fewer only for want of text or of documents
+        remedy = (
+            "build them again with lower --shard-tokens"
+            if shards >= MOST_LANES
+            else "build them from more text, or where that is a few large documents with lower --document-bytes"
+        )
         raise ConfigError(
-            f"{shards} shards can't feed {world_size} ranks: each needs its own; build at least {world_size} shards"
+            f"{held} can't feed {world_size} ranks, each of which needs one of its own: {remedy}, "
+            "or start fewer ranks (on CPUs: CPU_RANKS=1 launch/local.sh ...)"
         )
     count = lanes or 1 << (min(MOST_LANES, shards).bit_length() - 1)
     if count <= shards and count % world_size == 0:
         return count
     fitting = range(world_size, shards + 1, world_size)
     nearest = sorted(sorted(fitting, key=lambda other: abs(other - count))[:4])
-    problem = f"exceeds the {shards} shards" if count > shards else f"can't be shared evenly by {world_size} ranks"
+    problem = f"exceeds the {held}" if count > shards else f"can't be shared evenly by {world_size} ranks"
     raise ConfigError(f"data.lanes = {count} {problem}; lanes that work here: {', '.join(map(str, nearest))}")
 
 

@@ -1,7 +1,7 @@
 """MLM: the masked language model objective around any transformer."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from mlm_dist.masking import IGNORED_LABEL, Masked, Masker
 
 
-@runtime_checkable
 class SplitHead(Protocol):
     """A transformer whose head can run on some of the positions: head(hidden_states(ids)) equals its forward(ids)."""
 
@@ -59,7 +58,8 @@ class MLM(nn.Module):
         if not 0 <= mask_prob <= 1:
             raise ValueError(f"mask_prob must lie between 0 and 1, got {mask_prob}")
         self.transformer = transformer
-        self.split_head = isinstance(transformer, SplitHead)
+        # isinstance does not see a submodule from Python 3.12 on
+        self.split_head = hasattr(transformer, "hidden_states") and hasattr(transformer, "head")
         self.mask_prob = mask_prob
         self.masker = Masker(
             mask_token_id,

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from mlm_dist.yaml_tree import ConfigError, Value, dump, plain_tree, read_tree
 
-__all__ = ["ConfigError", "flatten", "from_mapping", "help_text", "load", "origins", "setting", "to_mapping", "to_yaml"]
+__all__ = ["ConfigError", "flatten", "from_mapping", "help_text", "load", "setting", "to_mapping", "to_yaml"]
 
 Config = TypeVar("Config")
 Bounds = Mapping[str, float]  # {"at least": 0.0, "below": 1.0}
@@ -263,15 +263,6 @@ def flatten(mapping: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
-
-
-def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """Dotted key -> "file:line" or "override '...'", for each key that was written rather than left at its default."""
-
-    def places(value: Value) -> Any:
-        return {key: places(v) for key, v in value.data.items()} if isinstance(value.data, dict) else value.origin
-
-    return flatten(places(read_tree(path, overrides)))
 
 
 def _type_name(kind: Any) -> str:

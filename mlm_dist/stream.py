@@ -55,7 +55,7 @@ class DataConfig:
 class BatchConfig:
     seq_len: int = setting(512, low=8, high=65536, help="positions in a row")
     global_rows: int = setting(256, low=1, help="rows in an optimizer step, over all ranks")
-    micro_rows: int = setting(32, low=1, help="rows that a rank holds at a time; accumulation is derived from it")
+    micro_rows: int = setting(32, low=1, help="most rows that a rank holds at a time; accumulation follows")
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,14 @@ def start_worker(chunks: LaneChunks) -> Iterator:
 # ---- batches
 
 
+def micro_rows(batch: BatchConfig, world_size: int) -> int:
+    """Rows of a micro-batch: what the configuration says, or a rank's whole share where that is less."""
+    return min(batch.micro_rows, max(1, batch.global_rows // world_size))
+
+
 def accumulation(batch: BatchConfig, world_size: int) -> int:
     """Micro-batches that each rank takes for one optimizer step. Raises ConfigError where that is no whole number."""
-    per_round = world_size * batch.micro_rows
+    per_round = world_size * micro_rows(batch, world_size)
     if batch.global_rows % per_round == 0:
         return batch.global_rows // per_round
     low = batch.global_rows // per_round * per_round
@@ -170,7 +175,7 @@ def accumulation(batch: BatchConfig, world_size: int) -> int:
         advice += f", or batch.micro_rows to {' or '.join(map(str, [below, *above]))}"
     raise ConfigError(
         f"batch.global_rows = {batch.global_rows} can't be split evenly over {world_size} ranks "
-        f"x {batch.micro_rows} micro_rows: {advice}"
+        f"x {micro_rows(batch, world_size)} micro_rows: {advice}"
     )
 
 
@@ -179,6 +184,11 @@ def check(manifest: Manifest, vocab: Vocab, data: DataConfig, batch: BatchConfig
     make_reader(manifest, vocab, batch.seq_len, data.packing, data.window_records)
     resolve_lanes(len(manifest.shards), data.lanes, world_size)
     accumulation(batch, world_size)
+
+
+def check_held_out(manifest: Manifest, vocab: Vocab, data: DataConfig, batch: BatchConfig) -> None:
+    """Raise ConfigError if `held_out_batches` would."""
+    make_reader(manifest, vocab, batch.seq_len, data.packing, data.window_records)
 
 
 def first_cursor(lanes: int) -> Cursor:
@@ -217,7 +227,7 @@ def train_batches(
     if len(start["lanes"]) != lanes:
         raise ConfigError(f"the run began with {len(start['lanes'])} lanes, not {lanes}: set data.lanes back to that")
     reader = make_reader(manifest, vocab, batch.seq_len, data.packing, data.window_records)
-    return TrainBatches(reader, data, batch.micro_rows, seed, world_rank, world_size, start)
+    return TrainBatches(reader, data, micro_rows(batch, world_size), seed, world_rank, world_size, start)
 
 
 class TrainBatches(Iterator[Batch]):
@@ -267,13 +277,15 @@ class TrainBatches(Iterator[Batch]):
 
         Raises ShardError for a damaged shard, RuntimeError where a worker process has died.
         """
-        numbers = self.delivered + np.arange(self.micro_rows)
-        turns = numbers % len(self.lanes)  # (B,) whose row each is, as an index into the own lanes
-        rows = self.reader.blank_rows(self.micro_rows)
-        for worker, tap in enumerate(self.taps):
-            mine = np.flatnonzero(turns % len(self.taps) == worker)
-            if len(mine):
-                rows[mine] = tap.take(len(mine))
+        turns = (self.delivered + np.arange(self.micro_rows)) % len(self.lanes)  # (B,) index into own lanes
+        if len(self.taps) == 1:
+            rows = self.taps[0].take(self.micro_rows)
+        else:
+            rows = self.reader.blank_rows(self.micro_rows)
+            for worker, tap in enumerate(self.taps):
+                mine = np.flatnonzero(turns % len(self.taps) == worker)
+                if len(mine):
+                    rows[mine] = tap.take(len(mine))
         self.delivered += self.micro_rows
         last = slice(-len(self.lanes), None)
         self.places[turns[last]] = rows.facts["after"][last]

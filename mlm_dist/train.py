@@ -11,25 +11,29 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mlm_dist import checkpoint, config, masking, models, optim, schema, shards, stream, vocab, world
-from mlm_dist.checkpoint import State
+from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
-from mlm_dist.engine import Engine
+from mlm_dist.engine import Engine, resolve_precision
 from mlm_dist.evaluate import evaluate
 from mlm_dist.metrics import Meter
 from mlm_dist.mlm import MLM
 from mlm_dist.schema import ConfigError
-from mlm_dist.shards import Manifest
+from mlm_dist.shards import Manifest, ShardError
 from mlm_dist.stream import Batch
 from mlm_dist.tracker import Tracker
 from mlm_dist.vocab import Vocab
-from mlm_dist.world import EXIT_NON_FINITE, EXIT_STOPPED, StopFlag, World
+from mlm_dist.world import EXIT_CONFIG_ERROR, EXIT_NON_FINITE, EXIT_STOPPED, StopFlag, World
 
 # A run measured in hours fixes its number of steps here, so that the schedule is a function of the step from then on.
 STEPS_TO_MEASURE = 20
+
+# What ends a run with one sentence and exit code 2.
+REFUSALS = (ConfigError, ShardError, CheckpointError)
 
 LIBRARIES = ("torch", "deepspeed", "webdataset", "transformers", "tokenizers", "wandb", "numpy")
 
@@ -55,17 +59,22 @@ def train(cfg: RunConfig) -> int:
 
     All ranks call it. Raises ConfigError, ShardError or CheckpointError with one sentence for the user.
     """
+    with world.join(cfg.engine.timeout_seconds) as here, StopFlag() as stop:
+        return train_on(cfg, here, stop)
+
+
+def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
+    """The same on ranks that have joined already."""
     with ExitStack() as stack:
-        here = stack.enter_context(world.join(cfg.engine.timeout_seconds))
-        stop = stack.enter_context(StopFlag())
         folder = open_folder(cfg, here, stack)
         run = prepare(cfg, folder, here, stack)
-        if run is None:
-            return 0
-        write_status(run, "running", None)
         exit_code = 1
         try:
+            write_status(run, "running", None)
             exit_code = loop(run, stop)
+        except REFUSALS:
+            exit_code = EXIT_CONFIG_ERROR
+            raise
         finally:
             write_status(run, {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed"), exit_code)
             run.tracker.finish(exit_code)
@@ -75,12 +84,17 @@ def train(cfg: RunConfig) -> int:
 def loop(run: Run, stop: StopFlag) -> int:
     """Step until the run's length is reached or a rank was told to stop. Returns the exit code."""
     cfg, state = run.config, run.state
-    while state.total_steps is None or state.step < state.total_steps:
+    if state.step == state.total_steps:
+        run.tracker.say(
+            f"the run in {run.folder} is complete: {state.step} steps; make it longer, or set another run.dir"
+        )
+        return 0
+    while state.step != state.total_steps:
         started = time.perf_counter()
-        micro_batches = [next(run.batches) for _ in range(stream.accumulation(cfg.batch, run.world.size))]
+        micro_batches, problem = take(run)
         data_seconds = time.perf_counter() - started
         rate = masking.rate_at(cfg.masking, state.step, state.total_steps)
-        targets, tokens, stopping = agree(run, micro_batches, rate, bool(stop))
+        targets, tokens, stopping = agree(run, micro_batches, rate, bool(stop), problem)
         if stopping:
             save(run)
             run.tracker.say(
@@ -94,31 +108,44 @@ def loop(run: Run, stop: StopFlag) -> int:
         advance(run, micro_batches, tokens, time.perf_counter() - started)
 
         last = state.step == state.total_steps
-        if last or state.step % cfg.log.every_steps == 0:
-            numbers = run.meter.report() | {
-                "lr": lr,
-                "grad_norm": run.engine.grad_norm(),
-                "skipped_steps": state.skipped_steps,
-            }
-            run.tracker.log(state.step, numbers, state.tokens)
+        to_evaluate = run.valid is not None and (last or state.step % cfg.evaluate.every_steps == 0)
+        to_save = last or state.step % cfg.checkpoint.every_steps == 0
+        if to_evaluate or to_save or state.step % cfg.log.every_steps == 0:
+            numbers = run.meter.report() | {"lr": lr, "grad_norm": run.engine.grad_norm()}
+            run.tracker.log(state.step, numbers | {"skipped_steps": state.skipped_steps}, state.tokens)
             if not math.isfinite(numbers["loss"]):
                 run.tracker.say(
-                    f"the loss is not finite at step {state.step}: training ends, the last checkpoint stands"
+                    f"the loss is not finite at step {state.step}: the run ends, the last checkpoint stands"
                 )
                 return EXIT_NON_FINITE
-        if run.valid and (last or state.step % cfg.evaluate.every_steps == 0):
-            evaluate_now(run)
-        if last or state.step % cfg.checkpoint.every_steps == 0:
+        if to_evaluate:
+            evaluate_now(run, to_save)
+        if to_save:
             save(run)
     run.tracker.say(f"done: {state.step} steps, {state.tokens:,} tokens, in {run.folder}")
     return 0
 
 
-def agree(run: Run, micro_batches: list[Batch], rate: float, stop: bool) -> tuple[int, int, bool]:
-    """Over all ranks: the step's targets, its real tokens, and whether a rank was told to stop."""
+def take(run: Run) -> tuple[list[Batch], str | None]:
+    """This rank's micro-batches of the next step, and what was wrong with a shard, if anything was."""
+    try:
+        return [next(run.batches) for _ in range(stream.accumulation(run.config.batch, run.world.size))], None
+    except ShardError as error:
+        return [], str(error)
+
+
+def agree(run: Run, micro_batches: list[Batch], rate: float, stop: bool, problem: str | None) -> tuple[int, int, bool]:
+    """Over all ranks: the step's targets, its real tokens, and whether a rank was told to stop.
+
+    A shard that can't be read ends the run on every rank, with the sentence of the rank that met it: raises ShardError,
+    after a save of what was trained so far.
+    """
     targets = sum(int(masking.targets_of(batch.maskable, rate).sum()) for batch in micro_batches)
-    mine = torch.tensor([targets, sum(batch.tokens for batch in micro_batches), int(stop)])
-    targets, tokens, stopping = run.world.sum(mine).tolist()
+    mine = [targets, sum(batch.tokens for batch in micro_batches), int(stop), int(problem is not None)]
+    targets, tokens, stopping, failing = run.world.sum(torch.tensor(mine)).tolist()
+    if failing:
+        save(run)
+        raise ShardError(next(text for text in run.world.gather(problem) if text))
     return targets, tokens, stopping > 0
 
 
@@ -130,25 +157,29 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
     state.train_seconds += seconds
     state.cursor = micro_batches[-1].cursor
     state.skipped_steps = run.engine.skipped_steps()
-    if state.total_steps is None and state.step == STEPS_TO_MEASURE:
-        hours = run.config.run.hours
+    hours = run.config.run.hours
+    if state.total_steps is None and state.step >= STEPS_TO_MEASURE:
         assert hours is not None
         per_step = run.world.broadcast(state.train_seconds / state.step)
-        state.total_steps = max(state.step + 1, round(hours * 3600 / per_step))
+        state.total_steps = max(state.step, round(hours * 3600 / per_step))
         run.tracker.say(f"{hours} hours are {state.total_steps:,} steps at {per_step:.3f} s each")
 
 
-def evaluate_now(run: Run) -> None:
-    """Held-out loss of the weights as they stand, logged; the lowest is remembered."""
+def evaluate_now(run: Run, to_save: bool) -> None:
+    """Held-out loss of the weights as they stand, logged; the lowest of those that are saved is remembered."""
     cfg, state, started = run.config, run.state, time.perf_counter()
     assert run.valid is not None
     batches = stream.held_out_batches(
         run.valid, run.vocab, cfg.data, cfg.batch, run.world.rank, run.world.size, max_rows=cfg.evaluate.max_rows
     )
-    numbers = evaluate(lambda b: run.engine.eval_step(b, cfg.evaluate.rate, cfg.evaluate.seed), batches, run.world)
+    try:
+        numbers = evaluate(lambda b: run.engine.eval_step(b, cfg.evaluate.rate, cfg.evaluate.seed), batches, run.world)
+    except ShardError:
+        save(run)  # every rank reads all held-out shards, and meets the same one
+        raise
     run.tracker.log(state.step, {f"valid/{name}": value for name, value in numbers.items()}, state.tokens)
     state.valid_loss = numbers["loss"]
-    if state.best is None or state.valid_loss < state.best["loss"]:
+    if to_save and (state.best is None or state.valid_loss < state.best["loss"]):
         state.best = {"step": state.step, "loss": state.valid_loss}
     run.meter.leave_out(time.perf_counter() - started)
 
@@ -164,34 +195,51 @@ def save(run: Run) -> None:
     run.meter.leave_out(time.perf_counter() - started)
 
 
-def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run | None:
-    """Build the run on this rank, and load its newest checkpoint where there is one. None: the run is complete."""
-    root = Path(cfg.data.shards)
-    manifest = shards.load_manifest(root / "train")
-    tokenizer = vocab.load(root / "tokenizer")
-    valid = shards.load_manifest(root / "valid") if (root / "valid").exists() else None
-    stream.check(manifest, tokenizer, cfg.data, cfg.batch, here.size)
+def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
+    """Build the run on this rank, at its newest whole checkpoint where there is one."""
+    manifest, valid, tokenizer = open_data(cfg, here.size)
+    facts = {
+        "manifest": manifest.hash,
+        "tokenizer": tokenizer.fingerprint,
+        "precision": resolve_precision(cfg.engine, here.device),
+        "config": schema.to_mapping(cfg),
+    }
+    tracker = Tracker(cfg.log, folder, schema.flatten(facts["config"]), here.is_main, lambda: state.total_steps)
+    saved = checkpoint.newest_whole(folder / "checkpoints", here, tracker.say)
+    state = resumed_state(cfg, folder, saved, facts)
+
     world.seed_everything(cfg.run.seed)
     transformer = models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing)
     flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
     model = objective(cfg, transformer, tokenizer)
     engine = Engine(model, cfg.engine, cfg.optim, cfg.batch, cfg.masking, cfg.run.seed, here, cfg.deepspeed)
-
-    facts = {"manifest": manifest.hash, "tokenizer": tokenizer.fingerprint, "config": schema.to_mapping(cfg)}
-    tracker = Tracker(cfg.log, folder, schema.flatten(facts["config"]), here.is_main, lambda: state.total_steps)
-    state = resume(cfg, folder, engine, here, tracker, facts)
-    if state.total_steps is not None and state.step >= state.total_steps:
-        tracker.say(f"the run in {folder} is complete: {state.step} steps; raise run.steps, or set another run.dir")
-        return None
+    if saved:
+        checkpoint.load(saved, engine, here)
+        tracker.say(f"resumed from step {state.step}")
     if here.is_main:
         tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(schema.to_yaml(cfg))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     tracker.start(state.step)
+    if valid is None:
+        tracker.say(f"{cfg.data.shards} holds no held-out documents: nothing is evaluated")
     batches = stack.enter_context(
         stream.train_batches(manifest, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
     )
     return Run(cfg, folder, here, tokenizer, valid, engine, state, Meter(here, flops), tracker, batches)
+
+
+def open_data(cfg: RunConfig, world_size: int) -> tuple[Manifest, Manifest | None, Vocab]:
+    """Training shards, held-out shards where there are any, and their tokenizer. Raises ConfigError for a misfit."""
+    root = Path(cfg.data.shards)
+    manifest = shards.load_manifest(root / "train")
+    tokenizer = vocab.load(root / "tokenizer")
+    stream.check(manifest, tokenizer, cfg.data, cfg.batch, world_size)
+    if not (root / "valid").exists():
+        return manifest, None, tokenizer
+    valid = shards.load_manifest(root / "valid")
+    stream.check_held_out(valid, tokenizer, cfg.data, cfg.batch)
+    return manifest, valid, tokenizer
 
 
 def objective(cfg: RunConfig, transformer: torch.nn.Module, tokenizer: Vocab) -> MLM:
@@ -208,39 +256,43 @@ def load_model(cfg: RunConfig, tokenizer: Vocab, saved: Path) -> MLM:
     return model
 
 
-def resume(cfg: RunConfig, folder: Path, engine: Engine, here: World, tracker: Tracker, facts: dict) -> State:
-    """The state to start from: the newest whole checkpoint's, or a fresh one. Refuses a changed config or data."""
-    state = checkpoint.resume(folder / "checkpoints", engine, here, tracker.say)
-    fresh = state is None
-    if state is None:
-        state = State(facts=facts)
+def resumed_state(cfg: RunConfig, folder: Path, saved: Path | None, facts: dict[str, Any]) -> State:
+    """The state to start from, saved or fresh. Raises ConfigError for a changed configuration or other data."""
+    state = checkpoint.load_state(saved) if saved else State(facts=facts)
     changes = config.refused_changes(state.facts["config"], facts["config"])
+    if state.facts["precision"] != facts["precision"]:
+        changes.append(f"engine.precision came to {state.facts['precision']} and comes to {facts['precision']} now")
     for name in ("manifest", "tokenizer"):
         if state.facts[name] != facts[name]:
             changes.append(f"the {name} of data.shards is another")
     if changes:
         raise ConfigError(f"{folder} can't be resumed: {'; '.join(changes)}; change it back, or set another run.dir")
+    if cfg.run.hours is None or cfg.run.hours != state.facts["config"]["run"]["hours"]:
+        total = config.total_steps(cfg)
+        state.total_steps = total if total is None else max(total, state.step)
     state.facts = facts
-    if cfg.run.hours is None:
-        state.total_steps = config.total_steps(cfg)
-    if not fresh:
-        tracker.say(f"resumed from step {state.step}")
     return state
 
 
 def open_folder(cfg: RunConfig, here: World, stack: ExitStack) -> Path:
-    """Make the run folder and hold its lock while the run lasts: two launches must not share it."""
+    """Make the run folder and hold its lock while the run lasts: two launches must not share it.
+
+    Raises ConfigError on every rank where it can't be made or another launch holds it.
+    """
     folder = Path(cfg.run.dir)
-    taken = False
+    problem = None
     if here.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context(open(folder / "lock", "w"))
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / "lock", "w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            taken = True
-    if here.any(taken):
-        raise ConfigError(f"{folder} is in use by another launch; wait for it to end, or set another run.dir")
+            problem = f"{folder} is in use by another launch; wait for it to end, or set another run.dir"
+        except OSError as error:
+            problem = f"run.dir = {folder} can't be written to ({error.strerror}); set another run.dir"
+    problem = here.broadcast(problem)
+    if problem:
+        raise ConfigError(problem)
     return folder
 
 

@@ -39,6 +39,7 @@ from shards.texts import Counts, Reading
 
 EXIT_REFUSED, EXIT_INTERRUPTED = 2, 130
 PARTS = ("tokenizer", "valid", "train")  # of the output; `train` comes into place last
+MADE = re.compile(r"(\d{6,}\.tar|records\.npy|manifest\.json|tokenizer\.json|tokenizer_config\.json)(\.tmp)?")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -154,9 +155,14 @@ def version(library: str) -> str:
 
 @contextlib.contextmanager
 def workplace(out: Path, force: bool) -> Iterator[Path]:
-    """An empty folder OUT/.building, gone afterwards. Raises ConfigError where OUT is taken."""
-    if any((out / part).exists() for part in PARTS) and not force:
+    """An empty folder OUT/.building, gone afterwards. Raises ConfigError where OUT is taken.
+
+    Parts without train/manifest.json are left over from a build that was stopped while it moved them to OUT.
+    """
+    if (out / "train" / "manifest.json").exists() and not force:
         raise ConfigError(f"{out} already holds shards; give another --out, or --force to replace them")
+    if strange := [path for part in PARTS for path in strangers(out / part)]:
+        raise ConfigError(f"{strange[0]} is no part of a build, and would be lost; give another --out")
     folder = out / ".building"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -173,8 +179,15 @@ def workplace(out: Path, force: bool) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def strangers(part: Path) -> list[Path]:
+    """What stands in the place of a part of the output, or in it, that no build made."""
+    if not part.is_dir():
+        return [part] if part.exists() else []
+    return sorted(path for path in part.iterdir() if path.is_dir() or not MADE.fullmatch(path.name))
+
+
 def publish(folder: Path, out: Path) -> None:
-    """Move the parts to OUT. Without `train` nothing loads, so it leaves first and comes last."""
+    """Move the parts to OUT, and what stands there to `folder`. Without `train` no build is whole: it comes last."""
     for part in reversed(PARTS):
         if (out / part).exists():
             (out / part).rename(folder / f"replaced-{part}")

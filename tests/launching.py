@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +40,44 @@ def run(*command: str, timeout: float = 300, **env: str) -> subprocess.Completed
 
 def pretrain(shards: Path, folder: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """`launch/local.sh launch/pretrain.py` on CPU ranks, with the tiny model and the overrides on top."""
-    chosen = {override.partition("=")[0]: override for override in (*TINY, *overrides)}
-    chosen.setdefault("data.shards", f"data.shards={shards}")
-    return subprocess.run(
+    process = start_pretrain(shards, folder, *overrides, ranks=ranks)
+    try:
+        said, _ = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, said)
+
+
+def start_pretrain(shards: Path, folder: Path, *overrides: str, ranks: int = 2) -> subprocess.Popen[str]:
+    """The same in the background, in a process group of its own."""
+    return subprocess.Popen(
         [
             "launch/local.sh", "launch/pretrain.py", "--config", "configs/quickstart.yaml",
-            f"run.dir={folder}", *chosen.values(),
+            *overridden(shards, folder, *overrides),
         ],
         cwd=ROOT,
         env=environment() | {"CPU_RANKS": str(ranks)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        start_new_session=True,
     )  # fmt: skip
+
+
+def overridden(shards: Path, folder: Path, *overrides: str) -> list[str]:
+    """The tiny model's overrides, and others on top."""
+    given = (f"data.shards={shards}", f"run.dir={folder}", *TINY, *overrides)
+    return list({override.partition("=")[0]: override for override in given}.values())
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120) -> None:
+    """Return when the condition holds; AssertionError where the process ends or the time is up before it does."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
 
 
 def metrics(folder: Path, name: str) -> dict[int, Any]:

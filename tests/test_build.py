@@ -310,6 +310,43 @@ def test_shards_are_replaced_on_request_alone(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokenizer", "train"]
 
 
+@pytest.mark.parametrize("moved", [1, 2])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_build_that_was_stopped_while_it_moved_into_place_is_not_in_the_way(
+    tmp_path: Path, tokenizer: str, moved: int, force: bool
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    source = json_lines(tmp_path / "in.jsonl", prose(60))
+    assert run(whole, tokenizer, source, valid_fraction=0.3) == 0
+    (out / ".building").mkdir(parents=True)
+    for place, part in enumerate(build.PARTS):
+        (whole / part).rename((out if place < moved else out / ".building") / part)
+    with pytest.raises(ConfigError, match="doesn't exist"):
+        load_manifest(out / "train")
+    said = prose(30, seed=1)
+    options = {"force": True} if force else {}
+    new = json_lines(tmp_path / "new.jsonl", said)
+    assert run(out, str(out / "tokenizer"), new, valid_fraction=0, **options) == 0  # a valid/ that's left is stale
+    assert sorted(path.name for path in out.iterdir()) == ["tokenizer", "train"]
+    assert built(out, tokenizer) == collections.Counter(said)
+
+
+@pytest.mark.parametrize("name", ["train/mine.txt", "valid/deep/mine.txt", "train/000000.tar/mine.txt", "valid"])
+@pytest.mark.parametrize("force", [False, True])
+def test_files_that_no_build_made_are_never_replaced(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str], name: str, force: bool
+) -> None:
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("text of mine")
+    before = files(tmp_path / "out")
+    source = json_lines(tmp_path / "in.jsonl", prose(30))
+    assert run(tmp_path / "out", tokenizer, source, **({"force": True} if force else {})) == 2
+    said = capsys.readouterr().err
+    assert "is no part of a build, and would be lost; give another --out" in said and said.count("\n") == 1
+    assert files(tmp_path / "out") == before
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     source = json_lines(tmp_path / "in.jsonl", prose(800))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

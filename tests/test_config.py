@@ -17,8 +17,8 @@ QUICK = CONFIGS / "quickstart.yaml"
 def test_every_recipe_loads_and_divides_over_its_ranks(name: str) -> None:
     cfg = config.load(CONFIGS / name)
     assert schema.from_mapping(RunConfig, schema.to_mapping(cfg)) == cfg
-    for world_size in (1, 2) if name == "quickstart.yaml" else (1, 8):
-        rows = stream.accumulation(cfg.batch, world_size) * world_size * cfg.batch.micro_rows
+    for world_size in (1, 2, 4, 8) if name == "quickstart.yaml" else (1, 8, 64):
+        rows = stream.accumulation(cfg.batch, world_size) * world_size * stream.micro_rows(cfg.batch, world_size)
         assert rows == cfg.batch.global_rows
     with torch.device("meta"):
         model = models.build(cfg.model, 50_000, cfg.batch.seq_len)
@@ -36,7 +36,7 @@ def test_the_resolved_configuration_round_trips_through_yaml(tmp_path: Path) -> 
     [
         (["run.tokens=1000"], "steps and tokens"),
         (["run.steps=null"], "none of them"),
-        (["schedule.warmup_steps=700"], "schedule.warmup_steps = 700 leaves nothing of a run of 700 steps"),
+        (["schedule.warmup_steps=70", "run.steps=70"], "warmup_steps = 70 leaves nothing of a run of 70 steps"),
         (["batch.seq_len=256"], "max_positions"),
         (["masking.keep=0.3"], "mask \\+ random \\+ keep"),
     ],
@@ -74,6 +74,9 @@ def test_memory_by_stage_falls_to_a_share_of_the_whole() -> None:
 
 
 def test_dry_run_describes_the_run() -> None:
-    text = config.describe(config.load(QUICK), 2, torch.device("cpu"), 4096)
-    assert "ranks                2 x 1 micro-batches x 16 rows, fp32 on cpu" in text
-    assert '"gradient_accumulation_steps": 1' in text
+    cfg = config.load(QUICK, ["batch.global_rows=32", "batch.micro_rows=8"])
+    text = config.describe(cfg, 2, torch.device("cpu"), 4096)
+    assert "ranks                2 x 2 micro-batches x 8 rows, fp32 on cpu" in text
+    assert '"gradient_accumulation_steps": 2' in text
+    text = config.describe(cfg, 8, torch.device("cpu"), 4096)
+    assert "ranks                8 x 1 micro-batches x 4 rows" in text, "a rank's share may be less than micro_rows"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from ranks import on_ranks
@@ -17,7 +18,7 @@ from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch, BatchConfig, DataConfig
 from mlm_dist.world import World
 
-SEED, STEPS, RATE = 7, 5, 0.3
+SEED, STEPS, RATE = 7, 10, 0.3
 # ragged on purpose: rows hold different numbers of targets, so that a mean of means would differ
 BATCH = BatchConfig(seq_len=64, global_rows=16, micro_rows=4)
 MASKING = MaskingConfig(seed_by="sample")
@@ -70,7 +71,13 @@ def train(toy: Path, stage: int, here: World) -> dict:
         sums = engine.train_step(window, targets, step, lr=1e-3, rate=RATE)
         assert int(here.sum(sums.targets)) == targets
         losses.append(here.sum(sums.loss).item() / targets)
-    return {"losses": losses, "weights": engine.full_weights()}
+    return {"losses": losses, "weights": full_weights(engine, stage)}
+
+
+def full_weights(engine: Engine, stage: int) -> dict[str, torch.Tensor]:
+    named = dict(engine.deepspeed.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values()), enabled=stage == 3):
+        return {name: weight.detach().clone() for name, weight in named.items()}
 
 
 def in_plain_torch(toy: Path) -> dict:
@@ -127,6 +134,8 @@ def test_what_deepspeed_cannot_do_is_refused() -> None:
         resolve_precision(EngineConfig(zero_stage=0, precision="bf16"), torch.device("cpu"))
     with pytest.raises(ConfigError, match="offload_optimizer needs"):
         resolve_precision(EngineConfig(zero_stage=0, offload_optimizer=True), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        resolve_precision(EngineConfig(precision="fp16"), torch.device("cpu"))
     assert resolve_precision(EngineConfig(), torch.device("cpu")) == "fp32"
     assert resolve_precision(EngineConfig(), torch.device("cuda")) == "bf16"
 
@@ -139,3 +148,6 @@ def test_the_passthrough_reaches_deepspeed_but_not_what_a_section_owns() -> None
     assert made["gradient_accumulation_steps"] == 2
     with pytest.raises(ConfigError, match=r"deepspeed\.zero_optimization\.stage is decided by engine.zero_stage"):
         merge({}, {"zero_optimization": {"stage": 3}})
+    for value in (None, 3):
+        with pytest.raises(ConfigError, match=r"deepspeed\.bf16 can't be set as a whole"):
+            merge({}, {"bf16": value})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, pipeline
 
 from mlm_dist import export, huggingface, models, vocab
 from mlm_dist.encoder import EncoderConfig
@@ -141,6 +141,34 @@ def test_a_folder_in_use_is_kept(tokenizer: Vocab, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"model", "home"}
 
 
+def test_a_folder_can_be_checked_before_there_is_a_model(tmp_path: Path) -> None:
+    for name in ("empty", "model", "home"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    (tmp_path / "home" / "letters.txt").touch()
+    (tmp_path / "file").touch()
+    for name in ("none", "empty"):
+        export.refuse_used(str(tmp_path / name), overwrite=False)
+    export.refuse_used(str(tmp_path / "model"), overwrite=True)
+    with pytest.raises(ConfigError, match="model holds a model already; choose another folder or pass --overwrite"):
+        export.refuse_used(str(tmp_path / "model"), overwrite=False)
+    for name in ("home", "file"):
+        with pytest.raises(ConfigError, match=f"{name} exists and holds no model; choose another folder"):
+            export.refuse_used(str(tmp_path / name), overwrite=True)
+
+
+def test_an_export_that_lacks_a_weight_does_not_appear(tokenizer: Vocab, tmp_path: Path, monkeypatch) -> None:
+    config, save = CONFIGS["tied"], PreTrainedModel.save_pretrained
+
+    def save_less(model: PreTrainedModel, folder: Path) -> None:
+        save(model, folder, state_dict={k: v for k, v in model.state_dict().items() if k != "head.norm.weight"})
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_less)
+    with pytest.raises(ConfigError, match=r"missing_keys: head\.norm\.weight\); export with"):
+        export.write(tmp_path / "model", trained(config, tokenizer), config, tokenizer, {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_export_that_differs_from_the_model_does_not_appear(tokenizer: Vocab, tmp_path: Path, monkeypatch) -> None:
     config = CONFIGS["tied"]
     true_weights = huggingface.modernbert_weights
@@ -151,7 +179,7 @@ def test_an_export_that_differs_from_the_model_does_not_appear(tokenizer: Vocab,
         return weights
 
     monkeypatch.setattr(huggingface, "modernbert_weights", altered)
-    with pytest.raises(RuntimeError, match="differ"):
+    with pytest.raises(ConfigError, match=r"^nothing was exported: .* \(logits differ by [^:]*\); export with"):
         export.write(tmp_path / "model", trained(config, tokenizer), config, tokenizer, {})
     assert list(tmp_path.iterdir()) == []
 
@@ -199,9 +227,27 @@ def test_fill_mask_shows_the_likeliest_tokens_of_every_mask(
         run_fill_mask(monkeypatch, "--model", folder, "quartz " * 64 + "[MASK]")
 
 
-def test_fill_mask_says_in_one_line_that_a_folder_is_missing() -> None:
-    command = [sys.executable, str(ROOT / "launch" / "fill_mask.py"), "--model", "no/such/folder", "a [MASK]"]
+def refusal_of_fill_mask(folder: str) -> str:
+    """The one line that it says on a folder it can't use."""
+    command = [sys.executable, str(ROOT / "launch" / "fill_mask.py"), "--model", folder, "a [MASK]"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
-    assert "no/such/folder is no exported model" in done.stderr
+    return done.stderr
+
+
+def test_fill_mask_says_in_one_line_that_a_folder_is_missing() -> None:
+    assert "no/such/folder is no exported model" in refusal_of_fill_mask("no/such/folder")
+
+
+def test_fill_mask_says_in_one_line_what_is_damaged(tokenizer: Vocab, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "model"
+    export.write(folder, trained(CONFIGS["tied"], tokenizer), CONFIGS["tied"], tokenizer, {})
+    weights = (folder / "model.safetensors").read_bytes()
+    for length in (0, 100, len(weights) - 1):
+        (folder / "model.safetensors").write_bytes(weights[:length])
+        with pytest.raises(ConfigError, match=f"^the weights in {folder} are damaged .*; copy them again or export"):
+            run_fill_mask(monkeypatch, "--model", str(folder), "a [MASK]")
+    assert f"error: the weights in {folder} are damaged" in refusal_of_fill_mask(str(folder))
+    (folder / "tokenizer.json").unlink()
+    assert f"error: {folder} can't be loaded: " in refusal_of_fill_mask(str(folder))

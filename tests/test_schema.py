@@ -16,7 +16,6 @@ from mlm_dist.schema import (
     from_mapping,
     help_text,
     load,
-    origins,
     setting,
     to_mapping,
     to_yaml,
@@ -524,15 +523,6 @@ def test_from_mapping_is_as_strict() -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": {"c": 1}, "d": [1]}, "e": {}, "f": None}) == {"a.b.c": 1, "a.d": [1], "e": {}, "f": None}
-
-
-def test_origins(here: Path) -> None:
-    read("optim:\n  lr: 2\n  fused: true\n", "data.lanes=3")
-    assert origins("c.yaml", ["optim.lr=3"]) == {
-        "data.shards": "base.yaml:1",
-        "optim.lr": "override 'optim.lr=3'",
-        "optim.fused": "c.yaml:4",
-    }
 
 
 def test_help_text_lists_every_key() -> None:

@@ -348,13 +348,32 @@ def test_large_vocabularies_keep_their_ids(tmp_path):
         ({"lanes": 3}, 2, "data.lanes = 3 can't be shared evenly by 2 ranks; lanes that work here: 2, 4"),
         ({"lanes": 9}, 1, "data.lanes = 9 exceeds the 8 shards; lanes that work here: 5, 6, 7, 8"),
         ({"lanes": None}, 3, "data.lanes = 8 can't be shared evenly by 3 ranks; lanes that work here: 3, 6"),
-        ({"lanes": None}, 9, "8 shards can't feed 9 ranks"),
     ],
 )
 def test_lanes_that_cannot_be_shared_are_refused_with_those_that_can(manifest, setting, world, expected):
     with pytest.raises(ConfigError) as refused:
         open_rank(manifest, 0, world, 1, **setting)
     assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("shards", "world", "expected"),
+    [
+        (1, 2, "1 shard can't feed 2 ranks, each of which needs one of its own: build them from more text, or where"),
+        (8, 9, "8 shards can't feed 9 ranks, each of which needs one of its own: build them from more text, or where"),
+        (64, 65, "64 shards can't feed 65 ranks, each of which needs one of its own: build them again with lower --sh"),
+    ],
+)
+def test_too_few_shards_are_refused_with_what_can_be_done(shards, world, expected):
+    with pytest.raises(ConfigError) as refused:
+        lanes.resolve_lanes(shards, None, world)
+    assert str(refused.value).startswith(expected)
+    assert str(refused.value).endswith(", or start fewer ranks (on CPUs: CPU_RANKS=1 launch/local.sh ...)")
+
+
+def test_more_lanes_than_one_shard_are_refused_in_the_singular():
+    with pytest.raises(ConfigError, match=r"^data.lanes = 2 exceeds the 1 shard; lanes that work here: 1$"):
+        lanes.resolve_lanes(1, 2, 1)
 
 
 @pytest.mark.parametrize(("shards", "expected"), [(1, 1), (2, 2), (3, 2), (63, 32), (64, 64), (10_000, 64)])
@@ -366,7 +385,7 @@ def test_lanes_default_to_a_power_of_two(shards, expected):
     ("global_rows", "micro_rows", "world", "expected"),
     [
         (100, 8, 4, "set batch.global_rows to 96 or 128, or batch.micro_rows to 5 or 25"),
-        (8, 16, 1, "set batch.global_rows to 16, or batch.micro_rows to 8"),
+        (9, 16, 2, "set batch.global_rows to 8 or 16"),
         (10, 1, 4, "set batch.global_rows to 8 or 12"),
     ],
 )

@@ -1,15 +1,21 @@
 """Real launches: `deepspeed` with two ranks, from shards to checkpoints and back."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, metrics, pretrain, run
+from launching import ROOT, TINY, metrics, overridden, pretrain, run, start_pretrain, wait_for
+from ranks import on_ranks
 
-from mlm_dist import checkpoint
+from mlm_dist import checkpoint, config, train, world
+from mlm_dist.world import StopFlag
 
 pytestmark = pytest.mark.slow
 
@@ -41,20 +47,29 @@ def test_the_same_command_again_says_that_the_run_is_complete(finished: Path, to
     assert "is complete: 12 steps" in again.stdout
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_resume_equals_never_having_stopped(toy: Path, tmp_path: Path, stage: int) -> None:
-    """Stopped after 7 of 12 steps; the schedule is constant, so that the length of the run changes nothing else."""
-    options = ("schedule.name=constant", f"engine.zero_stage={stage}", "data.workers=1")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder, steps in ((whole, 12), (parts, 7), (parts, 12)):
-        done = pretrain(toy, folder, f"run.steps={steps}", *options)
-        assert done.returncode == 0, done.stdout
-    assert "resumed from step 7" in done.stdout
-    assert metrics(whole, "loss") == metrics(parts, "loss")
-    one, other = (checkpoint.full_weights(checkpoint.find(folder)) for folder in (whole, parts))
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
+def stop_and_resume(toy: Path, folder: Path) -> None:
+    """On this rank, at each stage: 12 steps in one go, and 7 steps followed by the rest. The schedule is constant, so
+    that the length of the run changes nothing else."""
+    with world.join(120) as here, StopFlag() as stop:
+        for stage in (0, 1, 2, 3):
+            for name, steps in (("whole", 12), ("parts", 7), ("parts", 12)):
+                overrides = overridden(
+                    toy, folder / f"{name}{stage}", f"run.steps={steps}", "schedule.name=constant",
+                    f"engine.zero_stage={stage}", "data.workers=1",
+                )  # fmt: skip
+                assert train.train_on(config.load(ROOT / "configs/quickstart.yaml", overrides), here, stop) == 0
+
+
+def test_resume_equals_never_having_stopped(toy: Path, tmp_path: Path) -> None:
+    on_ranks(2, stop_and_resume, toy, tmp_path)
+    for stage in (0, 1, 2, 3):
+        whole, parts = tmp_path / f"whole{stage}", tmp_path / f"parts{stage}"
+        assert len(metrics(whole, "loss")) == 12
+        assert metrics(whole, "loss") == metrics(parts, "loss")
+        one, other = (checkpoint.full_weights(checkpoint.find(folder)) for folder in (whole, parts))
+        assert one.keys() == other.keys()
+        for name in one:
+            assert torch.equal(one[name], other[name]), (stage, name)
 
 
 def test_an_altered_checkpoint_is_named_and_the_one_before_it_used(toy: Path, tmp_path: Path) -> None:
@@ -68,23 +83,29 @@ def test_an_altered_checkpoint_is_named_and_the_one_before_it_used(toy: Path, tm
     assert again.returncode == 0, again.stdout
     assert "mp_rank_00_model_states.pt was altered" in again.stdout and "resumed from step 3" in again.stdout
     assert sorted(metrics(folder, "loss")) == list(range(1, 9)), "every step is logged once, the repeated ones too"
+    whole = [path.name for path in (folder / "checkpoints").glob("step_*") if not checkpoint.verify(path)]
+    assert sorted(whole) == ["step_00000006", "step_00000008"], "the step of the altered one is saved again"
+    assert (folder / "checkpoints/bad-1-step_00000006").is_dir(), "what was altered is kept for a look"
 
 
 def test_a_changed_configuration_is_refused_by_name(finished: Path, toy: Path) -> None:
-    refused = pretrain(toy, finished, "run.steps=20", "optim.lr=0.5")
+    refused = pretrain(toy, finished, "run.steps=20", "optim.lr=0.5", "model.encoder.mlp_width=64")
     assert refused.returncode == 2
     assert "optim.lr was 0.003 and is 0.5 now" in refused.stdout
-    assert refused.stdout.count("error") == 1, "said once for all ranks"
+    assert "model.encoder.mlp_width was 48 and is 64 now" in refused.stdout
+    assert refused.stdout.count("can't be resumed") == 1, "said once for all ranks"
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("optim.lrr=1", "did you mean 'lr'?"),
+        ("optim.lrr=1", "did you mean optim.lr?"),
         ("batch.global_rows=18", "batch.global_rows to 16 or 24"),
         ("data.lanes=3", "lanes that work here"),
         ("engine.zero_stage=7", "zero_stage"),
         ("data.shards=no/such/folder", "no/such/folder"),
+        ("run.dir=/proc/x", "run.dir = /proc/x can't be written to"),
+        ("engine.precision=fp16", "needs a GPU"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(toy: Path, tmp_path: Path, override: str, said: str) -> None:
@@ -108,10 +129,89 @@ def test_a_run_folder_in_use_is_refused(toy: Path, tmp_path: Path) -> None:
     folder.mkdir()
     holder = subprocess.Popen(["flock", str(folder / "lock"), "sleep", "120"])
     try:
-        refused = pretrain(toy, folder, "run.steps=2")
+        refused = pretrain(toy, folder)
     finally:
         holder.kill()
     assert refused.returncode == 2 and "is in use by another launch" in refused.stdout
+
+
+def test_a_port_in_use_is_named_and_both_ranks_end(toy: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        refused = run(
+            "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port,
+            "launch/pretrain.py", f"data.shards={toy}", f"run.dir={tmp_path / 'run'}", *TINY,
+        )  # fmt: skip
+    assert refused.returncode == 2, refused.stdout
+    assert f"port {port} is in use" in refused.stdout
+
+
+def test_a_signal_saves_the_same_step_on_all_ranks_and_the_run_goes_on(toy: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ("run.steps=60", "data.workers=1")
+    assert pretrain(toy, whole, *options).returncode == 0
+    launcher = start_pretrain(toy, stopped, *options)
+    wait_for(lambda: (stopped / "metrics.jsonl").exists() and len(metrics(stopped, "loss")) >= 3, launcher)
+    os.killpg(launcher.pid, signal.SIGTERM)
+    said, _ = launcher.communicate(timeout=120)
+    status = json.loads((stopped / "status.json").read_text())
+    assert (status["status"], status["exit_code"]) == ("stopped", 85), said
+    assert 3 <= status["step"] < 60
+    again = pretrain(toy, stopped, *options)
+    assert again.returncode == 0 and f"resumed from step {status['step']}" in again.stdout
+    assert metrics(stopped, "loss") == metrics(whole, "loss")
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(toy: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs takes root")
+    try:
+        full = pretrain(toy, small / "run", "run.steps=9", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
+        assert full.returncode == 2, full.stdout
+        assert "no space left" in full.stdout and "Traceback" not in full.stdout
+        assert checkpoint.find(small / "run").name.startswith("step_")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_damaged_shard_ends_both_ranks_and_loses_no_step(toy: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(toy, shards)
+    for tar in sorted((shards / "train").glob("*.tar"))[:4]:  # those of some lanes: one rank or the other meets it
+        data = bytearray(tar.read_bytes())
+        data[len(data) // 2] ^= 1
+        tar.write_bytes(data)
+    ended = pretrain(shards, tmp_path / "run", "run.steps=500")
+    assert ended.returncode == 2, ended.stdout
+    assert re.search(r"train/00000\d\.tar: record \d+ ", ended.stdout) and "Traceback" not in ended.stdout
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["status"], status["exit_code"]) == ("failed", 2)
+    if status["step"]:
+        assert checkpoint.find(tmp_path / "run").name == checkpoint.step_name(status["step"])
+
+
+def test_weights_that_are_no_longer_finite_are_not_saved(toy: Path, tmp_path: Path) -> None:
+    ended = pretrain(
+        toy, tmp_path / "run", "run.steps=40", "log.every_steps=10", "checkpoint.every_steps=4", "optim.lr=1e30",
+        "engine.clip=0", "schedule.warmup_steps=0",
+    )  # fmt: skip
+    assert ended.returncode == 17, ended.stdout
+    assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 17
+    for saved in (tmp_path / "run/checkpoints").glob("step_*"):
+        assert all(weight.isfinite().all() for weight in checkpoint.full_weights(saved).values())
+
+
+def test_training_goes_on_from_an_export_on_other_text(finished: Path, toy: Path, tmp_path: Path) -> None:
+    assert run("launch/export.py", "--run", str(finished), "--out", str(tmp_path / "hf")).returncode == 0
+    options = ("run.steps=4", "optim.lr=1e-5")
+    for name, more in (("new", ()), ("on", (f"model.from={tmp_path / 'hf'}",))):
+        done = pretrain(toy, tmp_path / name, *options, *more)
+        assert done.returncode == 0, done.stdout
+    assert metrics(tmp_path / "on", "loss")[1] < metrics(tmp_path / "new", "loss")[1] - 0.1
 
 
 def test_evaluate_agrees_with_training_and_export_loads(finished: Path, tmp_path: Path) -> None:

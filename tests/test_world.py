@@ -60,6 +60,29 @@ def test_a_signal_only_sets_the_flag(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
+def test_only_a_late_sigint_insists() -> None:
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # what the launcher passes on
+        stop.since -= world.SECONDS_TO_INSIST
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def join_with_rank_alone() -> str:
+    for name in ("LOCAL_RANK", "MASTER_PORT"):
+        del os.environ[name]
+    with pytest.raises(ConfigError) as refused, world.join(60):
+        pass
+    return str(refused.value)
+
+
+def test_a_half_set_environment_is_named() -> None:
+    [said] = on_ranks(1, join_with_rank_alone)
+    assert said.startswith("RANK is set and LOCAL_RANK, MASTER_PORT is not")
+
+
 def test_a_cpu_rank_takes_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     threads = torch.get_num_threads()
