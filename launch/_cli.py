@@ -7,7 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+# DeepSpeed finds it out by itself too, when it is imported, but with a warning
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from mlm_dist.schema import ConfigError  # noqa: E402
 

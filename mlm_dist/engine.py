@@ -11,9 +11,6 @@ import torch
 
 # Checkpoints are read back with tensors and plain values only, whatever DeepSpeed itself asks torch.load for.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-# DeepSpeed finds this out by itself too, with a warning
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 from deepspeed.ops import __compatible_ops__ as compatible_ops
