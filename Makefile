@@ -32,7 +32,7 @@ pretrain: $(INSTALLED) $(SHARDS)/train/manifest.json
 	$(PY) launch/evaluate.py --run $(RUN)
 	$(PY) launch/export.py --run $(RUN) --out $(EXPORT) --overwrite
 	$(PY) launch/fill_mask.py --model $(EXPORT) --top 3 \
-	    "import [MASK]" "for i in [MASK](10):" "if __name__ == \"__[MASK]__\":"
+	    "    def __init__([MASK], name):" "if x is not [MASK]:" "    raise [MASK]('not a number')"
 	@echo
 	@echo "The run:      $(RUN)     (metrics.jsonl, checkpoints, the offline W&B run: wandb sync $(RUN)/wandb/offline-run-*)"
 	@echo "The shards:   $(SHARDS)  ($(PY) shards/inspect.py $(SHARDS))"

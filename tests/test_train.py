@@ -214,6 +214,16 @@ def test_training_goes_on_from_an_export_on_other_text(finished: Path, toy: Path
     assert metrics(tmp_path / "on", "loss")[1] < metrics(tmp_path / "new", "loss")[1] - 0.1
 
 
+def test_a_length_in_hours_becomes_steps_once_a_step_is_timed(toy: Path, tmp_path: Path) -> None:
+    done = pretrain(toy, tmp_path / "run", "run.steps=null", "run.hours=0.001")
+    assert done.returncode == 0, done.stdout
+    assert "0.001 hours are" in done.stdout
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["step"] == status["total_steps"] >= 20
+    seconds = checkpoint.load_state(checkpoint.find(tmp_path / "run")).train_seconds
+    assert status["step"] == 20 or 1 < seconds < 15, "3.6 s were asked for"
+
+
 def test_evaluate_agrees_with_training_and_export_loads(finished: Path, tmp_path: Path) -> None:
     evaluated = run("launch/evaluate.py", "--run", str(finished), "--json")
     assert evaluated.returncode == 0, evaluated.stdout
