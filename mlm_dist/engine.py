@@ -93,6 +93,11 @@ def resolve_precision(config: EngineConfig, device: torch.device) -> str:
     return precision
 
 
+def clips_itself(config: EngineConfig, precision: str) -> bool:
+    """Whether the engine clips, not DeepSpeed: at stage 0 in fp32 that keeps the norm to itself, and rounds it."""
+    return config.zero_stage == 0 and precision == "fp32"
+
+
 def deepspeed_json(
     config: EngineConfig, batch: BatchConfig, precision: str, world_size: int, extra: dict[str, Any]
 ) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def deepspeed_json(
     made = {
         "train_micro_batch_size_per_gpu": micro_rows(batch, world_size),
         "gradient_accumulation_steps": accumulation(batch, world_size),
-        "gradient_clipping": config.clip,
+        "gradient_clipping": 0.0 if clips_itself(config, precision) else config.clip,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -158,6 +163,9 @@ class Engine:
         self.json = deepspeed_json(config, batch, self.precision, world.size, extra)
         model = model.to(world.device)
         optimizer = optim.build(optim_config, model)
+        self.norm: torch.Tensor | None = None
+        if clips_itself(config, self.precision):
+            optimizer.register_step_pre_hook(lambda *_: self._clip(config.clip))
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
 
     def train_step(self, batches: Sequence[Batch], targets: int, step: int, lr: float, rate: float) -> StepSums:
@@ -191,8 +199,8 @@ class Engine:
         return StepSums(**self._forward(batch, keys, rate))
 
     def grad_norm(self) -> float | None:
-        """Norm of the last gradient before clipping, None where DeepSpeed does not compute it. Waits for the device."""
-        norm = self.deepspeed.get_global_grad_norm()
+        """Norm of the last gradient before clipping; None where DeepSpeed does not compute it. Waits for the device."""
+        norm = self.norm if self.norm is not None else self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def sizes(self) -> list[int]:
@@ -202,6 +210,9 @@ class Engine:
     def skipped_steps(self) -> int:
         """Steps that were not applied because a gradient was not finite."""
         return self.deepspeed.skipped_steps
+
+    def _clip(self, largest: float) -> None:
+        self.norm = optim.clip_gradients(self.deepspeed.module.parameters(), largest)
 
     def _row_keys(self, batch: Batch, step: int, micro_step: int) -> torch.Tensor:
         if self.seed_by == "sample":

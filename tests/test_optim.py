@@ -54,6 +54,22 @@ def test_only_matrices_decay() -> None:
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
 
 
+def test_gradients_are_clipped_to_their_common_norm() -> None:
+    torch.manual_seed(0)
+    model, reference = nn.Linear(50, 40), nn.Linear(50, 40)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    expected = nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+    assert optim.clip_gradients(model.parameters(), 0.0).item() == pytest.approx(expected.item(), rel=1e-6)
+    optim.clip_gradients(model.parameters(), 0.5)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    before = [p.grad.clone() for p in model.parameters()]
+    assert optim.clip_gradients(model.parameters(), 1.0).item() == pytest.approx(0.5, rel=1e-5)
+    assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True)), "small ones stay"
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_a_quadratic(name: str) -> None:
     torch.manual_seed(0)
