@@ -121,7 +121,7 @@ def describe(config: RunConfig, world_size: int, device: torch.device, vocab_siz
     """What a run would be, without starting it: the text of --dry-run."""
     precision = resolve_precision(config.engine, device)
     with torch.device("meta"):
-        model = models.build(config.model, vocab_size, config.batch.seq_len)
+        model = models.build(config.model, vocab_size, config.batch.seq_len, packing=config.data.packing)
     parameters = models.count_parameters(model)
     flops = models.flops_per_token(config.model, model, vocab_size, config.batch.seq_len, config.masking.rate)
     memory = memory_by_stage(parameters, precision, world_size)

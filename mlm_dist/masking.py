@@ -238,7 +238,8 @@ class Masker(nn.Module):
             raise ValueError(f"there is no policy {policy!r}; it must be one of {', '.join(POLICIES)}")
         if policy == "whole_word" and word_starts is None:
             raise ValueError("the policy whole_word needs word_starts: a bool for each id, True where it begins a word")
-        ignored = {*ignored_ids, mask_id}
+        mask_id = int(mask_id)
+        ignored = {mask_id, *(int(i) for i in ignored_ids)}  # ids may come as tensors, which hash by identity
         ordinary = [i for i in range(num_tokens or 0) if i not in ignored]
         if random_share > 0 and not ordinary:
             raise ValueError("random_token_prob needs num_tokens, the vocabulary's size, with an id that isn't ignored")

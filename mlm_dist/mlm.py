@@ -71,6 +71,10 @@ class MLM(nn.Module):
             word_starts,
             span_mean_length,
         )
+        # a transformer that is on its device already keeps working when it is wrapped
+        placed = next(transformer.parameters(), None)
+        if placed is not None:
+            self.masker.to(placed.device)
 
     def forward(
         self,

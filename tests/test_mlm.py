@@ -348,3 +348,18 @@ def test_a_gpu_is_never_waited_for() -> None:
         mlm(seq)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set, torch.tensor])
+def test_ignored_ids_may_come_in_any_form(kind: Callable) -> None:
+    ids = torch.randint(5, 20, (64, 32))
+    masker = MLM(nn.Embedding(20, 20), 0.5, num_tokens=20, random_token_prob=1.0, mask_token_id=4,
+                 mask_ignore_token_ids=kind([1, 3, 7])).masker  # fmt: skip
+    assert masker.ordinary.tolist() == [i for i in range(20) if i not in (0, 1, 3, 4, 7)]
+    masked = masker(ids, torch.arange(64), 0.5)
+    assert torch.equal(masked.ids == 7, ids == 7)
+
+
+def test_the_tables_are_where_the_wrapped_transformer_is() -> None:
+    mlm = MLM(nn.Embedding(20, 20).to("meta"), 0.5)
+    assert mlm.masker.ignored.device.type == "meta"
