@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from mlm_dist.schema import ConfigError  # noqa: E402
+from mlm_dist.world import EXIT_CONFIG_ERROR  # noqa: E402
 
-EXIT_CONFIG_ERROR = 2
 # how often launchers look after their ranks, and a little more
 LAUNCHER_POLL_SECONDS = 2.0
 
