@@ -10,9 +10,10 @@ from pathlib import Path
 import _cli
 import torch
 
-from mlm_dist import checkpoint, config, masking, schema, shards, stream, train, vocab, world
+from mlm_dist import checkpoint, config, masking, schema, stream, train, vocab, world
 from mlm_dist.engine import StepSums, forward_sums
 from mlm_dist.evaluate import evaluate
+from mlm_dist.manifest import load_manifest
 
 
 def parse() -> argparse.Namespace:
@@ -38,7 +39,7 @@ def main() -> int:
         raise schema.ConfigError(
             f"{root} was built with another tokenizer than {args.run} was trained with; build it again with that one"
         )
-    manifest = shards.load_manifest(root / "valid")
+    manifest = load_manifest(root / "valid")
     model = train.load_model(cfg, tokenizer, path)
     with world.join(cfg.engine.timeout_seconds) as here:
         model.to(here.device).eval()

@@ -6,7 +6,8 @@ Reading order is import order: a module imports only modules above it in this li
     schema       that tree -> frozen dataclasses; errors name the fix
     world        ranks, device, sums and agreed flags across ranks, stop signals
     vocab        the tokenizer: train, load, save; special ids
-    shards       what is inside a shard: write, read, manifest with counts and checksums
+    manifest     what every file of a split must hold: counts, checksums, places of the records
+    shards       what is inside a shard: write, read
     packing      documents -> fixed (B, T) rows with document boundaries
     lanes        shards -> lanes -> windows: the order of the data, and its cursor
     stream       lanes -> batches, fetched ahead by worker processes

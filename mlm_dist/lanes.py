@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlm_dist.manifest import Manifest, ShardError
 from mlm_dist.packing import hashed, pack, permutation
 from mlm_dist.schema import ConfigError
-from mlm_dist.shards import Manifest, ShardError, read_records
+from mlm_dist.shards import read_records
 from mlm_dist.vocab import Vocab
 
 MOST_LANES = 64

@@ -26,9 +26,9 @@ from mlm_dist.lanes import (
     resolve_lanes,
     windows_in_order,
 )
+from mlm_dist.manifest import Manifest, ShardError
 from mlm_dist.packing import hashed
 from mlm_dist.schema import ConfigError, setting
-from mlm_dist.shards import Manifest, ShardError
 from mlm_dist.vocab import Vocab
 
 # {"rows": rows delivered over all ranks, "lanes": [[epoch, window, row], ...], "bad_shards": [name, ...]}: plain JSON.

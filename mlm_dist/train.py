@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from mlm_dist import checkpoint, config, masking, models, optim, schema, shards, stream, vocab, world
+from mlm_dist import checkpoint, config, masking, models, optim, schema, stream, vocab, world
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
 from mlm_dist.engine import Engine, resolve_precision
 from mlm_dist.evaluate import evaluate
+from mlm_dist.manifest import Manifest, ShardError, load_manifest
 from mlm_dist.metrics import Meter
 from mlm_dist.mlm import MLM
 from mlm_dist.schema import ConfigError
-from mlm_dist.shards import Manifest, ShardError
 from mlm_dist.stream import Batch
 from mlm_dist.tracker import Tracker
 from mlm_dist.vocab import Vocab
@@ -232,12 +232,12 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
 def open_data(cfg: RunConfig, world_size: int) -> tuple[Manifest, Manifest | None, Vocab]:
     """Training shards, held-out shards where there are any, and their tokenizer. Raises ConfigError for a misfit."""
     root = Path(cfg.data.shards)
-    manifest = shards.load_manifest(root / "train")
+    manifest = load_manifest(root / "train")
     tokenizer = vocab.load(root / "tokenizer")
     stream.check(manifest, tokenizer, cfg.data, cfg.batch, world_size)
     if not (root / "valid").exists():
         return manifest, None, tokenizer
-    valid = shards.load_manifest(root / "valid")
+    valid = load_manifest(root / "valid")
     stream.check_held_out(valid, tokenizer, cfg.data, cfg.batch)
     return manifest, valid, tokenizer
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlm_dist.shards import DTYPES, LENGTHS, Record, ShardInfo, ShardWriter
+from mlm_dist.manifest import DTYPES, ShardInfo
+from mlm_dist.shards import LENGTHS, Record, ShardWriter
 
 KEYS = np.dtype("<u8")
 RECORD_TOKENS = 8192

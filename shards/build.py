@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlm_dist import vocab
+from mlm_dist.manifest import Manifest, dtype_for, sync_folder
 from mlm_dist.schema import ConfigError
-from mlm_dist.shards import Manifest, dtype_for, sync_folder
 from mlm_dist.vocab import Vocab
 from shards import stages, texts
 from shards.buckets import RECORD_TOKENS, Buckets, bucket_count

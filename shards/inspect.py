@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from mlm_dist import vocab
+from mlm_dist.manifest import Manifest, ShardError, load_manifest, verify
 from mlm_dist.schema import ConfigError
-from mlm_dist.shards import Manifest, Record, ShardError, load_manifest, read_records, verify
+from mlm_dist.shards import Record, read_records
 from mlm_dist.vocab import Vocab
 
 EXIT_DAMAGED, EXIT_REFUSED = 1, 2

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mlm_dist import vocab
-from mlm_dist.shards import DTYPES, LENGTHS, Manifest, ShardInfo, dtype_for, write_manifest
+from mlm_dist.manifest import DTYPES, Manifest, ShardInfo, dtype_for, write_manifest
+from mlm_dist.shards import LENGTHS
 from mlm_dist.vocab import Vocab
 from shards import texts
 from shards.buckets import KEYS, Buckets, document_key, is_held_out, write_shard

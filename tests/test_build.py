@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlm_dist import vocab
+from mlm_dist.manifest import Manifest, load_manifest
 from mlm_dist.schema import ConfigError
-from mlm_dist.shards import Manifest, load_manifest, read_records
+from mlm_dist.shards import read_records
 from shards import buckets, build, texts
 from shards.buckets import bucket_count, is_held_out
 

@@ -9,8 +9,9 @@ import torch
 from ranks import on_ranks
 from torch import nn
 
-from mlm_dist import masking, optim, shards, stream, vocab, world
+from mlm_dist import masking, optim, stream, vocab, world
 from mlm_dist.engine import Engine, EngineConfig, deepspeed_json, merge, resolve_precision
+from mlm_dist.manifest import load_manifest
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
 from mlm_dist.optim import OptimConfig
@@ -49,7 +50,7 @@ def build(tokenizer: vocab.Vocab) -> MLM:
 
 def micro_batches(toy: Path, tokenizer: vocab.Vocab, rank: int, size: int) -> Iterator[Batch]:
     data = DataConfig(shards=str(toy), packing="pad", workers=0)
-    return stream.train_batches(shards.load_manifest(toy / "train"), tokenizer, data, BATCH, SEED, rank, size, None)
+    return stream.train_batches(load_manifest(toy / "train"), tokenizer, data, BATCH, SEED, rank, size, None)
 
 
 def on_engine(toy: Path, *stages: int) -> dict[int, dict]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mlm_dist import vocab
-from mlm_dist.shards import load_manifest, read_records
+from mlm_dist.manifest import load_manifest
+from mlm_dist.shards import read_records
 from shards import inspect
 
 ROOT = Path(__file__).parent.parent

@@ -14,9 +14,10 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlm_dist import shards
+from mlm_dist import manifest as manifests
+from mlm_dist.manifest import Manifest, ShardError, load_manifest, verify
 from mlm_dist.schema import ConfigError
-from mlm_dist.shards import Manifest, Record, ShardError, ShardWriter, load_manifest, read_records, verify, write_split
+from mlm_dist.shards import Record, ShardWriter, read_records, write_split
 
 VOCAB_SIZE = 30_000
 
@@ -213,7 +214,7 @@ def test_foreign_members_are_refused_and_nothing_runs(tmp_path: Path, names: lis
 
 def test_an_error_survives_its_way_to_another_process() -> None:
     error = pickle.loads(pickle.dumps(ShardError(Path("a/000000.tar"), "fails its crc32")))
-    assert str(error) == f"a/000000.tar: fails its crc32; {shards.REBUILD}"
+    assert str(error) == f"a/000000.tar: fails its crc32; {manifests.REBUILD}"
     assert str(ShardError("a sentence")) == "a sentence"
 
 

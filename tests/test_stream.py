@@ -16,8 +16,9 @@ import torch
 from tokenizers import Tokenizer, models
 
 from mlm_dist import lanes
+from mlm_dist.manifest import Manifest, ShardError, load_manifest
 from mlm_dist.schema import ConfigError
-from mlm_dist.shards import Manifest, Record, ShardError, load_manifest, write_split
+from mlm_dist.shards import Record, write_split
 from mlm_dist.stream import (
     Batch,
     BatchConfig,
