@@ -1,6 +1,7 @@
 """transformers: its masked language models behind our interface, and the encoder's weights from and to ModernBERT."""
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -250,25 +251,53 @@ def read_model(folder: str, options: dict[str, Any], vocab_size: int, vocab: Voc
             f"build the shards with --tokenizer {folder}"
         )
     has_tokenizer = any((Path(folder) / name).exists() for name in TOKENIZER_FILES)
-    if vocab is not None and has_tokenizer and load(folder).tokenizer.get_vocab() != vocab.tokenizer.get_vocab():
+    if vocab is not None and has_tokenizer and not load(folder).reads_like(vocab):
         raise ConfigError(f"the shards were made with another tokenizer; build them with --tokenizer {folder}")
     if not any(Path(folder).glob("*.safetensors")):
         raise ConfigError(f"{folder} has no *.safetensors file, and weights in formats that can run code are not read")
+    try:
+        with torch.device("meta"):
+            shape = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever the architecture makes of its settings
+        by = f" with model.options {', '.join(sorted(options))}" if options else ""
+        raise ConfigError(f"{folder}/config.json{by} makes no masked language model: {error}") from error
     if on_meta():
-        return AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
-    model, info = AutoModelForMaskedLM.from_pretrained(
-        folder,
-        config=config,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    missing = sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]
-    if missing:
-        raise ConfigError(f"{folder} lacks weights of a masked language model, such as {missing[0]}")
+        return shape
+    try:
+        model, info = AutoModelForMaskedLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever transformers makes of a damaged file
+        raise ConfigError(f"the weights in {folder} can't be read ({error}); copy the folder again") from error
+    refuse_misfits(folder, options, model, info)
     return model
+
+
+def refuse_misfits(folder: str, options: dict[str, Any], model: "PreTrainedModel", info: dict[str, Any]) -> None:
+    """Raise ConfigError where the folder's weights are not the model's: some missing, of another shape, or left over.
+
+    info: what from_pretrained says of the loading. Left-over weights are refused where they belong to further layers;
+    those of another task's head or a pooler are no part of a masked language model.
+    """
+    changed = f"; take what changes its shape out of model.options: {', '.join(sorted(options))}" if options else ""
+    if info["missing_keys"]:
+        raise ConfigError(
+            f"{folder} lacks weights of a masked language model, such as {min(info['missing_keys'])}{changed}"
+        )
+    if info["mismatched_keys"]:
+        name, theirs, ours = min(info["mismatched_keys"])
+        raise ConfigError(f"{folder} has {name} of shape {list(theirs)}, and the model {list(ours)}{changed}")
+    kinds = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
+    further = [name for name in info["unexpected_keys"] if re.sub(r"\d+", "N", name) in kinds]
+    if further:
+        raise ConfigError(f"{folder} has more layers than the model, with {min(further)}{changed}")
 
 
 # what makes logits of the last hidden states, by transformers' model type

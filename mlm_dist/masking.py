@@ -238,8 +238,9 @@ class Masker(nn.Module):
             raise ValueError(f"there is no policy {policy!r}; it must be one of {', '.join(POLICIES)}")
         if policy == "whole_word" and word_starts is None:
             raise ValueError("the policy whole_word needs word_starts: a bool for each id, True where it begins a word")
-        mask_id = int(mask_id)
-        ignored = {mask_id, *(int(i) for i in ignored_ids)}  # ids may come as tensors, which hash by identity
+        if word_starts is not None and word_starts.dtype != torch.bool:
+            raise ValueError(f"word_starts must be a bool for each id, got {word_starts.dtype}")
+        ignored = {mask_id, *ignored_ids}
         ordinary = [i for i in range(num_tokens or 0) if i not in ignored]
         if random_share > 0 and not ordinary:
             raise ValueError("random_token_prob needs num_tokens, the vocabulary's size, with an id that isn't ignored")
@@ -247,9 +248,22 @@ class Masker(nn.Module):
         self.random_below = threshold(random_share)
         self.replaced_below = threshold(random_share + (1 - random_share) * mask_share)
         self.cut_below = threshold(span_stop(span_mean_length))
-        self.register_buffer("ignored", torch.tensor(sorted(ignored)), persistent=False)
-        self.register_buffer("ordinary", torch.tensor(ordinary, dtype=torch.int64), persistent=False)
-        self.register_buffer("word_starts", word_starts, persistent=False)
+        self.tables = {
+            "ignored": torch.tensor(sorted(ignored), device="cpu"),
+            "ordinary": torch.tensor(ordinary, dtype=torch.int64, device="cpu"),
+            "word_starts": word_starts,
+        }
+        for name, table in self.tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Masker":
+        """What .to() and .to_empty() come down to; the latter would leave the tables of a model from meta unfilled."""
+        super()._apply(fn, recurse)
+        for name, table in self.tables.items():
+            moved = self.get_buffer(name) if table is not None else None
+            if moved is not None and not moved.is_meta:
+                moved.copy_(table)
+        return self
 
     def forward(self, ids: Tensor, keys: Tensor, rate: float, segments: Tensor | None = None) -> Masked:
         """Mask ids (B, T), any integer type, by keys (B,) int64, `rate` of each row's maskable tokens.

@@ -1,5 +1,6 @@
 """MLM: the masked language model objective around any transformer."""
 
+import operator
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -20,6 +21,32 @@ class SplitHead(Protocol):
         """Hidden states (N, d) -> logits (N, V)."""
 
 
+def has_split_head(transformer: nn.Module) -> bool:
+    """Whether it offers `SplitHead`. A wrapper that passes attributes through, as torch.compile's does, doesn't itself.
+
+    `head` may be a submodule, which isinstance with a protocol does not see from Python 3.12 on.
+    """
+    return hasattr(type(transformer), "hidden_states") and callable(getattr(transformer, "head", None))
+
+
+def logits_of(out: Any) -> Tensor:
+    """The logits that a model returned, bare or as `.logits`. Raises ValueError for anything else."""
+    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the transformer must return logits, or an object with .logits; it returned a {type(out).__name__}"
+        )
+    return logits
+
+
+def whole_numbers(name: str, ids: Iterable[Any]) -> set[int]:
+    """Token ids as ints, from ints or tensors. Raises ValueError for anything else, such as None."""
+    try:
+        return {operator.index(i) for i in ids}
+    except TypeError as error:
+        raise ValueError(f"{name} must be whole numbers, got {ids!r}") from error
+
+
 class MLM(nn.Module):
     """Masks a batch of token ids, runs the transformer on it, and returns the loss on the masked tokens.
 
@@ -36,7 +63,9 @@ class MLM(nn.Module):
     policy:                token, whole_word or span
     word_starts:           (V,) bool, True for ids that begin a word, needed by whole_word
     span_mean_length:      of policy span, in tokens, at least 1 and below 10
-    Raises ValueError for a probability outside [0, 1], an unknown policy, and what is needed and missing.
+    A transformer that can't be split, one under torch.compile among them, runs as it is and gives all logits: to have
+    both, compile the MLM. Raises ValueError for a probability outside [0, 1], an id that is no whole number, an unknown
+    policy, and what is needed and missing.
     """
 
     def __init__(
@@ -58,12 +87,11 @@ class MLM(nn.Module):
         if not 0 <= mask_prob <= 1:
             raise ValueError(f"mask_prob must lie between 0 and 1, got {mask_prob}")
         self.transformer = transformer
-        # isinstance does not see a submodule from Python 3.12 on
-        self.split_head = hasattr(transformer, "hidden_states") and hasattr(transformer, "head")
         self.mask_prob = mask_prob
         self.masker = Masker(
-            mask_token_id,
-            {*mask_ignore_token_ids, pad_token_id},
+            *whole_numbers("mask_token_id", [mask_token_id]),
+            whole_numbers("mask_ignore_token_ids", mask_ignore_token_ids)
+            | whole_numbers("pad_token_id", [pad_token_id]),
             replace_prob,
             random_token_prob,
             num_tokens,
@@ -73,7 +101,7 @@ class MLM(nn.Module):
         )
         # a transformer that is on its device already keeps working when it is wrapped
         placed = next(transformer.parameters(), None)
-        if placed is not None:
+        if placed is not None and not placed.is_meta:
             self.masker.to(placed.device)
 
     def forward(
@@ -95,8 +123,15 @@ class MLM(nn.Module):
         kwargs:   handed to the transformer. `segments` (B, T), where it takes them, is looked at too: 0 is padding,
                   and words and spans don't cross from one segment into the next.
         """
+        if seq.ndim != 2 or seq.is_floating_point():
+            raise ValueError(f"seq must be token ids of shape (B, T), got {seq.dtype} of shape {tuple(seq.shape)}")
         if row_keys is None:
             row_keys = torch.randint(2**63 - 1, (seq.shape[0],), device=seq.device)
+        elif row_keys.shape != seq.shape[:1] or row_keys.dtype != torch.int64:
+            raise ValueError(
+                f"row_keys must be int64 of shape ({seq.shape[0]},), a key for each row; got {row_keys.dtype} of shape "
+                f"{tuple(row_keys.shape)}"
+            )
         masked = self.masker(seq, row_keys, self.mask_prob if rate is None else rate, kwargs.get("segments"))
         logits = self.target_logits(masked, **kwargs).float()  # (B * K, V)
         labels = masked.labels.flatten()
@@ -119,11 +154,15 @@ class MLM(nn.Module):
             return self.no_logits()
         first = torch.arange(rows, device=masked.ids.device)[:, None] * row_tokens
         index = (masked.positions + first).flatten()  # (B * K,) into (B * T,)
-        if self.split_head:
+        if has_split_head(self.transformer):
             hidden = self.transformer.hidden_states(masked.ids, **kwargs)  # (B, T, d)
             return self.transformer.head(hidden.flatten(0, 1)[index])
-        out = self.transformer(masked.ids, **kwargs)
-        logits = out if isinstance(out, Tensor) else out.logits  # (B, T, V)
+        logits = logits_of(self.transformer(masked.ids, **kwargs))  # (B, T, V)
+        if logits.shape[:-1] != masked.ids.shape:
+            raise ValueError(
+                f"the transformer must give logits (B, T, V), {tuple(masked.ids.shape)} and the vocabulary here; "
+                f"it gave {tuple(logits.shape)}"
+            )
         return logits.flatten(0, 1)[index]
 
     def no_logits(self) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mlm_dist import huggingface
 from mlm_dist.encoder import Encoder, EncoderConfig, padded
+from mlm_dist.mlm import has_split_head, logits_of
 from mlm_dist.schema import ConfigError, setting
 from mlm_dist.vocab import Vocab
 
@@ -149,7 +150,7 @@ def build_factory(
                 f"the model of {config.factory} takes ids alone, and would mix the documents of a packed row: "
                 "set data.packing=pad, or give its forward a keyword `segments`"
             )
-        return IdsOnly(model)
+        return SplitIdsOnly(model) if has_split_head(model) else IdsOnly(model)
     if packing != "pad" and not huggingface.on_meta() and not keeps_documents_apart(model, vocab_size):
         raise ConfigError(
             f"the model of {config.factory} mixes the documents of a packed row: attention must stay within a segment "
@@ -178,17 +179,25 @@ class IdsOnly(nn.Module):
         return logits_of(self.model(ids))
 
 
+class SplitIdsOnly(IdsOnly):
+    """One whose head can run on some of the positions."""
+
+    def hidden_states(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
+        return self.model.hidden_states(ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.head(hidden)
+
+
 # ---- trying a model out
-
-
-def logits_of(out: Any) -> Tensor:
-    """The logits that a model returned, bare or as transformers wraps them."""
-    return out if isinstance(out, Tensor) else out.logits
 
 
 @torch.no_grad()
 def keeps_documents_apart(model: nn.Module, vocab_size: int) -> bool:
-    """Whether a row of two documents and padding gives each document the logits that it gets in a row of its own."""
+    """Whether a row of two documents and padding gives each document the logits that it gets in a row of its own.
+
+    The row goes the way of training, through the split head where there is one; the documents alone through forward.
+    """
     lengths = (3, 4)
     documents = [torch.arange(vocab_size - length, vocab_size)[None] for length in lengths]  # (1, T) each
     row = torch.cat([*documents, torch.zeros(1, 1, dtype=torch.int64)], dim=1)
@@ -196,7 +205,7 @@ def keeps_documents_apart(model: nn.Module, vocab_size: int) -> bool:
     training = model.training
     model.eval()
     try:
-        packed = logits_of(model(row, segments=segments))[0, :-1]
+        packed = target_logits(model, row, segments)[0, :-1]
         alone = torch.cat([logits_of(model(ids, segments=None))[0] for ids in documents])
     except Exception as error:  # whatever a model makes of a mask that it was not written for
         logger.info("a row of two documents can't be tried out: %s", error)
@@ -204,6 +213,13 @@ def keeps_documents_apart(model: nn.Module, vocab_size: int) -> bool:
     finally:
         model.train(training)
     return torch.allclose(packed, alone, rtol=1e-4, atol=1e-4 * alone.abs().max().item())
+
+
+def target_logits(model: nn.Module, ids: Tensor, segments: Tensor) -> Tensor:
+    """The logits (B, T, V) that training would see: by the split head where there is one."""
+    if not has_split_head(model):
+        return logits_of(model(ids, segments=segments))
+    return model.head(model.hidden_states(ids, segments=segments).flatten(0, 1)).unflatten(0, ids.shape)
 
 
 MODELS: dict[str, Callable[[ModelConfig, int, int, Vocab | None, Packing], nn.Module]] = {

@@ -56,6 +56,12 @@ class Vocab:
         canonical = {"tokenizer": json.loads(self.tokenizer.to_str()), "roles": self.roles()}
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
+    def reads_like(self, other: "Vocab") -> bool:
+        """Whether both make the same ids of any text and give them the same roles; how ids become text may differ."""
+        ours, theirs = (json.loads(vocab.tokenizer.to_str()) for vocab in (self, other))
+        parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+        return self.roles() == other.roles() and all(ours[part] == theirs[part] for part in parts)
+
     def roles(self) -> dict[str, str]:
         """The token of each role, as `{"mask": "[MASK]", ...}`."""
         ids = {"pad": self.pad_id, "unk": self.unk_id, "cls": self.cls_id, "sep": self.sep_id, "mask": self.mask_id}

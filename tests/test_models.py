@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, Bert
 
 from mlm_dist import huggingface, models, schema, vocab
 from mlm_dist.encoder import Encoder, EncoderConfig, padded
+from mlm_dist.mlm import has_split_head
 from mlm_dist.models import ModelConfig
 from mlm_dist.schema import ConfigError
 from mlm_dist.vocab import Vocab
@@ -73,14 +75,21 @@ def test_each_document_gets_the_logits_that_it_gets_alone(tokenizer: Vocab, keys
         torch.testing.assert_close(packed[segments == number], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("architecture", "splits"), [("bert", True), ("roberta", True), ("electra", False)])
-def test_the_head_is_split_off_where_it_is_known_how(tokenizer: Vocab, architecture: str, splits: bool) -> None:
-    model = build(tokenizer, kind="transformers", architecture=architecture, options=TINY)
-    assert isinstance(model, huggingface.SplitTransformersModel) == splits
-    if splits:
-        ids, segments = packed_row(tokenizer.size)
-        hidden = model.hidden_states(ids, segments=segments).flatten(0, 1)
-        torch.testing.assert_close(model.head(hidden), model(ids, segments=segments).flatten(0, 1))
+@pytest.mark.parametrize("packing", ["best_fit", "pad"])
+@pytest.mark.parametrize("architecture", huggingface.HEADS)
+@torch.no_grad()
+def test_the_head_is_split_off_where_it_is_known_how(tokenizer: Vocab, architecture: str, packing: str) -> None:
+    model = wide(build(tokenizer, packing, kind="transformers", architecture=architecture, options=TINY))
+    ids, segments = packed_row(tokenizer.size)
+    if packing == "pad":
+        segments = (segments == 1).to(torch.int16)
+    hidden = model.hidden_states(ids, segments=segments).flatten(0, 1)
+    torch.testing.assert_close(model.head(hidden), model(ids, segments=segments).flatten(0, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_head_stays_where_it_is_not_known_how(tokenizer: Vocab) -> None:
+    model = build(tokenizer, kind="transformers", architecture="electra", options=TINY)
+    assert not isinstance(model, huggingface.SplitTransformersModel)
 
 
 def test_every_parameter_of_bert_gets_a_gradient(tokenizer: Vocab) -> None:
@@ -160,6 +169,48 @@ def test_a_factory_that_will_not_do_is_refused(tokenizer: Vocab, factory: str, o
         build(tokenizer, kind="factory", factory=f"tests.test_models:{factory}", options=options)
 
 
+class WrongHead(SegmentAttention):
+    """Its forward is right, its split path sees other documents."""
+
+    def hidden_states(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
+        x = self.embeddings(ids)
+        return x + (x @ x.mT).softmax(-1) @ x
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.embeddings.weight.T
+
+
+class SplitBag(Bag):
+    def hidden_states(self, ids: Tensor) -> Tensor:
+        return self.layers[0](ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.layers[1](hidden)
+
+
+def wrong_head(vocab_size: int) -> nn.Module:
+    return WrongHead(vocab_size)
+
+
+def split_bag(vocab_size: int) -> nn.Module:
+    return SplitBag(vocab_size, 8)
+
+
+def test_a_split_path_that_mixes_documents_is_refused_though_forward_does_not(tokenizer: Vocab) -> None:
+    with pytest.raises(ConfigError, match="mixes the documents"):
+        build(tokenizer, kind="factory", factory="tests.test_models:wrong_head")
+
+
+@torch.no_grad()
+def test_a_factorys_split_head_stays_split_without_segments(tokenizer: Vocab) -> None:
+    model = build(tokenizer, "pad", kind="factory", factory="tests.test_models:split_bag")
+    ids, segments = packed_row(tokenizer.size)
+    assert has_split_head(model)
+    torch.testing.assert_close(
+        model.head(model.hidden_states(ids, segments=segments)), model(ids, segments=segments), atol=0, rtol=0
+    )
+
+
 # ---- going on from a folder
 
 
@@ -200,6 +251,50 @@ def test_a_folder_with_another_vocabulary_is_refused(tokenizer: Vocab, modernber
     other = vocab.train(["sphinx of black quartz, judge my vow"] * 3, tokenizer.size)
     with pytest.raises(ConfigError, match="another tokenizer"):
         build(other, encoder=SHAPE, from_=str(modernbert_folder))
+
+
+def test_a_tokenizer_with_the_same_ids_that_reads_otherwise_is_refused(
+    tokenizer: Vocab, modernbert_folder: Path
+) -> None:
+    file = modernbert_folder / "tokenizer.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"post_processor": None, "truncation": None}))
+    build(tokenizer, encoder=SHAPE, from_=str(modernbert_folder))  # these make no other ids
+    file.write_text(json.dumps(said | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        build(tokenizer, encoder=SHAPE, from_=str(modernbert_folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_hidden_layers": 2}, r"more layers than the model, with model\.layers\.2.*: num_hidden_layers"),
+        ({"num_hidden_layers": 4}, r"config\.json with model\.options num_hidden_layers makes no"),
+        (
+            {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4},
+            r"lacks weights.*layers\.3.*: layer_types, num",
+        ),
+        ({"intermediate_size": 64}, r"of shape \[96, 32\], and the model \[128, 32\].*: intermediate_size"),
+    ],
+)
+def test_options_that_change_a_folders_shape_are_refused(
+    tokenizer: Vocab, modernbert_folder: Path, options: dict, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build(tokenizer, kind="transformers", from_=str(modernbert_folder), options=options)
+
+
+def test_options_that_change_no_weight_go_with_a_folder(tokenizer: Vocab, modernbert_folder: Path) -> None:
+    build(tokenizer, kind="transformers", from_=str(modernbert_folder), options={"attention_dropout": 0.1})
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5])
+def test_cut_weights_are_refused(tokenizer: Vocab, modernbert_folder: Path, keep: float) -> None:
+    file = modernbert_folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep if keep > 1 else keep * len(whole))])
+    with pytest.raises(ConfigError, match=r"weights in .*hf can't be read.*copy the folder again"):
+        build(tokenizer, encoder=SHAPE, from_=str(modernbert_folder))
 
 
 def test_weights_that_could_run_code_are_refused(tokenizer: Vocab, modernbert_folder: Path) -> None:
