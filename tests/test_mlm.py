@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -271,6 +272,10 @@ def test_a_state_dict_holds_the_transformer_and_nothing_else() -> None:
         ({"mask_token_id": 2.0}, "mask_token_id must be whole numbers"),
         ({"mask_ignore_token_ids": ["[CLS]"]}, "mask_ignore_token_ids must be whole numbers"),
         ({"policy": "whole_word", "word_starts": torch.ones(SIZE, dtype=torch.int64)}, "word_starts must be a bool"),
+        ({"word_starts": torch.ones(9, dtype=torch.bool), "num_tokens": SIZE}, "for each of 64 ids, got 9"),
+        ({"mask_prob": "0.15"}, "mask_prob must lie between 0 and 1"),
+        ({"mask_prob": torch.tensor(0.15)}, "mask_prob must lie between 0 and 1"),
+        ({"num_tokens": 64.0}, "num_tokens must be whole numbers"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: dict, words: str) -> None:
@@ -412,7 +417,9 @@ def test_keys_that_do_not_fit_the_rows_are_refused(row_keys: torch.Tensor, words
         wrap(Bag)(token_ids(), row_keys=row_keys)
 
 
-@pytest.mark.parametrize("seq", [token_ids()[0], token_ids()[None], token_ids().float()])
+@pytest.mark.parametrize(
+    "seq", [token_ids()[0], token_ids()[None], token_ids().float(), token_ids() > 3, token_ids().tolist()]
+)
 def test_what_is_no_batch_of_ids_is_refused(seq: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"token ids of shape \(B, T\)"):
         wrap(Bag)(seq)
@@ -461,3 +468,41 @@ def test_weights_may_be_assigned_to_a_model_made_without_memory() -> None:
         mlm = wrap(Bag)
     mlm.load_state_dict(weights, assign=True)
     assert torch.equal(mlm(token_ids(), row_keys=keys()), expected)
+
+
+def test_segments_that_do_not_fit_the_ids_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"segments must have the shape of seq, \(4, 32\), got \(1, 32\)"):
+        wrap(encoder)(token_ids(), segments=torch.ones(1, 32, dtype=torch.int64))
+
+
+def test_a_transformer_that_knows_too_few_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="logits of 16 tokens, and num_tokens = 64"):
+        wrap(lambda: nn.Embedding(SIZE, 16))(token_ids())
+
+
+def test_a_rate_in_float32_is_the_decimal_that_it_prints_as() -> None:
+    ids = torch.full((1, 100), 7)
+    sums = wrap(Bag, mask_prob=np.float32(0.15))(ids, sums=True)
+    assert sums["targets"] == 15
+
+
+def test_casting_leaves_the_tables_of_ids_as_they_are() -> None:
+    mlm = MLM(Bag(), mask_ignore_token_ids=[50281], num_tokens=SIZE).type(torch.bfloat16)
+    assert mlm.masker.ignored.tolist() == [0, 2, 50281]
+
+
+def test_a_double_model_has_a_double_loss() -> None:
+    assert wrap(Bag).double()(token_ids()).dtype == torch.float64
+
+
+def test_a_transformer_compiled_in_its_place_is_run_itself() -> None:
+    mlm, graphs = wrap(SplitBag), []
+    expected = mlm(token_ids(), row_keys=keys())
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    mlm.transformer.compile(backend=backend)
+    torch.testing.assert_close(mlm(token_ids(), row_keys=keys()), expected, atol=1e-6, rtol=0)
+    assert len(graphs) == 1

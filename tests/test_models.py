@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel, CLIPConfig
 
 from mlm_dist import huggingface, models, schema, vocab
 from mlm_dist.encoder import Encoder, EncoderConfig, padded
@@ -102,6 +102,24 @@ def test_every_parameter_of_bert_gets_a_gradient(tokenizer: Vocab) -> None:
 def test_a_model_that_mixes_documents_needs_padded_rows(tokenizer: Vocab) -> None:
     with pytest.raises(ConfigError, match=r"fnet can't keep.*data\.packing=pad"):
         build(tokenizer, kind="transformers", architecture="fnet", options={"num_hidden_layers": 2})
+
+
+def test_a_window_of_a_models_own_shows_where_rows_are_longer(tokenizer: Vocab) -> None:
+    """A mask that is given replaces the model's own: documents are apart, and each sees more than it does alone."""
+    options = TINY | {"num_hidden_layers": 4, "max_position_embeddings": 512}
+    with pytest.raises(ConfigError, match=r"ultrabert can't keep.*logits differ by.*data\.packing=pad"):
+        build(tokenizer, seq_len=512, kind="transformers", architecture="ultrabert", options=options)
+    build(tokenizer, "pad", seq_len=512, kind="transformers", architecture="ultrabert", options=options)
+
+
+def test_trying_a_model_out_leaves_it_as_it_was(tokenizer: Vocab) -> None:
+    options = TINY | {"max_position_embeddings": 64}
+    made = [build(tokenizer, "pad", kind="transformers", architecture="big_bird", options=options)]
+    torch.manual_seed(0)
+    made.append(huggingface.adapt(huggingface.new_model("big_bird", options, tokenizer.size, tokenizer), False))
+    assert made[0].model.bert.attention_type == "block_sparse"
+    one, other = (model.state_dict() for model in made)
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 @torch.no_grad()
@@ -297,6 +315,67 @@ def test_cut_weights_are_refused(tokenizer: Vocab, modernbert_folder: Path, keep
         build(tokenizer, encoder=SHAPE, from_=str(modernbert_folder))
 
 
+def resaved(folder: Path, tokenizer: Vocab | None, **changes) -> str:
+    """A BERT with a vocabulary of the given size and so on, in a folder, with or without a tokenizer."""
+    BertForMaskedLM(BertConfig(**(TINY | changes))).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    return str(folder)
+
+
+def test_rows_that_pad_a_folders_vocabulary_are_no_matter_where_its_tokenizer_matches(
+    tokenizer: Vocab, tmp_path: Path
+) -> None:
+    build(tokenizer, kind="transformers", from_=resaved(tmp_path, tokenizer, vocab_size=tokenizer.size + 1000))
+
+
+def test_without_a_tokenizer_to_compare_the_sizes_must_agree(
+    tokenizer: Vocab, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(tokenizer, kind="transformers", from_=resaved(tmp_path / "same", None, vocab_size=tokenizer.size))
+    assert "can't be checked" in caplog.text
+    with pytest.raises(ConfigError, match="no tokenizer to compare"):
+        build(tokenizer, kind="transformers", from_=resaved(tmp_path / "more", None, vocab_size=tokenizer.size + 1))
+
+
+def test_a_tokenizer_that_can_not_be_read_is_not_passed_over(tokenizer: Vocab, tmp_path: Path) -> None:
+    folder = resaved(tmp_path, None, vocab_size=tokenizer.size)
+    (tmp_path / "spm.model").write_bytes(b"not one")
+    with pytest.raises(ConfigError, match="finds no tokenizer|made with another tokenizer"):
+        build(tokenizer, kind="transformers", from_=folder)
+
+
+@pytest.mark.parametrize("keys", [{"encoder": SHAPE}, {"kind": "transformers"}], ids=["encoder", "transformers"])
+def test_weights_that_are_not_finite_are_refused(tokenizer: Vocab, modernbert_folder: Path, keys: dict) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(modernbert_folder)
+    model.model.layers[1].mlp.Wo.weight.data[0, 0] = math.nan
+    model.save_pretrained(modernbert_folder)
+    with pytest.raises(ConfigError, match=r"aren't finite, in model\.layers\.1\.mlp\.Wo"):
+        build(tokenizer, from_=str(modernbert_folder), **keys)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_an_encoder_goes_on_from_its_own_shape(tokenizer: Vocab, tmp_path: Path, layers: int, every: int) -> None:
+    shape = EncoderConfig(**{**vars(SHAPE), "layers": layers, "global_every": every})
+    AutoModelForMaskedLM.from_config(huggingface.modernbert_config(shape, tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    build(tokenizer, encoder=shape, from_=str(tmp_path))
+
+
+def test_a_folder_of_another_kind_is_refused(tokenizer: Vocab, tmp_path: Path) -> None:
+    CLIPConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="holds a clip, which is no masked language model"):
+        build(tokenizer, kind="transformers", from_=str(tmp_path))
+
+
+def test_options_that_change_a_folders_function_are_told(
+    tokenizer: Vocab, modernbert_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(tokenizer, kind="transformers", from_=str(modernbert_folder), options={"num_attention_heads": 2})
+    assert "num_attention_heads of" in caplog.text and "changed to 2" in caplog.text
+
+
 def test_weights_that_could_run_code_are_refused(tokenizer: Vocab, modernbert_folder: Path) -> None:
     (modernbert_folder / "model.safetensors").unlink()
     torch.save({}, modernbert_folder / "pytorch_model.bin")
@@ -346,6 +425,7 @@ def test_keys_that_do_not_go_together_are_refused(keys: dict, said: str) -> None
         ({"architecture": "bertt"}, "did you mean .*bert"),
         ({"architecture": "bert", "options": {"hiden_size": 32}}, "did you mean hidden_size"),
         ({"architecture": "bert", "options": {"vocab_size": 9}}, "tokenizer's"),
+        ({"architecture": "bert", "options": {"return_dict": False}}, "needed as it is"),
         ({"architecture": "bert", "options": {"hidden_size": 30, "num_attention_heads": 4}}, "make no bert"),
         ({"architecture": "bert", "options": TINY | {"max_position_embeddings": 31}}, "max_position_embeddings=32"),
         ({"architecture": "roberta", "options": TINY | {"max_position_embeddings": 32}}, "max_position_embeddings=33"),

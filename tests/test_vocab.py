@@ -221,6 +221,14 @@ def test_words_of_byte_level_bpe(trained: Vocab) -> None:
     assert starts.shape == (trained.size,) and starts.dtype == bool and starts[:5].all()
 
 
+def test_words_where_none_are_spaced() -> None:
+    """Each Chinese or Japanese character is a word, as in BERT, and so is punctuation of any script."""
+    text = "我们去北京大学。ひらがな、 naïve «été»"
+    cut = words(vocab.train([text] * 3, 300), text)
+    assert cut[-3:] == [" naïve", " «été", "»"]
+    assert {"我", "们", "。", "ひ", "、"} <= set(cut)
+
+
 def test_words_of_word_piece_and_sentence_piece(tmp_path: Path) -> None:
     assert words(vocab.load(word_piece(tmp_path / "bert")), "the fox jumps.") == ["the", "fox", "jumps", "."]
     pieces = [*SPECIALS, "▁the", "▁f", "o", "x", "."]
