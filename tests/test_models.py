@@ -341,7 +341,7 @@ def test_without_a_tokenizer_to_compare_the_sizes_must_agree(
 def test_a_tokenizer_that_can_not_be_read_is_not_passed_over(tokenizer: Vocab, tmp_path: Path) -> None:
     folder = resaved(tmp_path, None, vocab_size=tokenizer.size)
     (tmp_path / "spm.model").write_bytes(b"not one")
-    with pytest.raises(ConfigError, match="finds no tokenizer|made with another tokenizer"):
+    with pytest.raises(ConfigError, match=r"finds no tokenizer|made with another tokenizer"):
         build(tokenizer, kind="transformers", from_=folder)
 
 
