@@ -199,10 +199,12 @@ def web(address: str, begin: int, stall_seconds: float) -> Iterator[Piece]:
 
 def login(host: str) -> str | None:
     """The Authorization header for a host: what ~/.netrc, or the file that NETRC names, says of it."""
+    file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
-        known = netrc.netrc().authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        return None
+        known = netrc.netrc(file).authenticators(host) if file.exists() else None
+    except (OSError, netrc.NetrcParseError) as error:
+        why = error.msg if isinstance(error, netrc.NetrcParseError) else error.strerror
+        raise FetchError(f"{file} can't be read ({why})", final=True) from None
     if known is None:
         return None
     return "Basic " + base64.b64encode(f"{known[0]}:{known[2]}".encode()).decode()
