@@ -11,6 +11,7 @@ import _cli
 import torch
 
 from mlm_dist import checkpoint, config, masking, remote, schema, stream, train, vocab, world
+from mlm_dist.cache import make_cache
 from mlm_dist.engine import StepSums, forward_sums
 from mlm_dist.evaluate import evaluate
 
@@ -20,6 +21,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run", required=True, type=Path, help="run folder")
     parser.add_argument("--step", type=int, help="checkpoint's step (default: the newest whole one)")
     parser.add_argument("--shards", help="shard folder or URL whose held-out part to use (default: the run's own)")
+    parser.add_argument("--cache-dir", help="where remote shards are kept (default: as in the run)")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -30,7 +32,8 @@ def main() -> int:
     path = checkpoint.find(args.run, args.step)
     state = checkpoint.load_state(path)
     cfg = schema.from_mapping(config.RunConfig, state.facts["config"])
-    root, cache = args.shards or cfg.data.shards, train.open_cache(cfg)
+    root = args.shards or cfg.data.shards
+    cache = make_cache(args.cache_dir or cfg.data.cache_dir, cfg.data.cache_gb, cfg.data.fetch_seconds)
     tokenizer = vocab.load(remote.open_tokenizer(remote.join(root, "tokenizer"), cache))
     if tokenizer.fingerprint != state.facts["tokenizer"]:
         raise schema.ConfigError(

@@ -9,9 +9,11 @@ Nothing is kept in memory or in a list: who holds what are file locks (flock), w
 much room is taken follows from the names and sizes. What is made or removed in shards/ is so under CACHE/shards.lock.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -76,6 +78,8 @@ class Cache:
         try:
             for name in ("shards", "splits", "tokenizers"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
+                if not os.access(self.folder / name, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise ConfigError(
                 f"data.cache_dir = {self.folder} can't be written to ({error.strerror}); set another"
@@ -120,9 +124,9 @@ class Cache:
     def finish(self, shard: ShardInfo, file: BinaryIO) -> None:
         """Give a claimed file that is whole its name; its lock is then one of a reader."""
         os.fsync(file.fileno())
-        fcntl.flock(file, fcntl.LOCK_SH)
         with locked(self.folder / "shards.lock", self.patience.deadline()):
             self.part(shard).replace(self.path(shard))
+            fcntl.flock(file, fcntl.LOCK_SH)  # not atomic: in here nobody else asks for an exclusive one
             sync_folder(self.shards)
 
     def path(self, shard: ShardInfo) -> Path:
@@ -132,14 +136,20 @@ class Cache:
         return self.shards / f"{shard.sha256}.{shard.bytes}.part"
 
     def files(self) -> list[tuple[float, int, Path]]:
-        """(last use, bytes, path) of all shards, longest unused first. One on its way counts with all its bytes."""
+        """(last use, bytes, path) of all shards, longest unused first. One on its way counts with all its bytes.
+
+        Files with names of another kind are not the cache's.
+        """
         found = []
         for entry in os.scandir(self.shards):
+            named = re.fullmatch(r"[0-9a-f]{64}\.(?:tar|(\d+)\.part)", entry.name)
+            if named is None:
+                continue
             try:
                 facts = entry.stat()
             except FileNotFoundError:
                 continue
-            size = int(entry.name.split(".")[1]) if entry.name.endswith(".part") else facts.st_size
+            size = int(named[1]) if named[1] else facts.st_size
             found.append((facts.st_mtime, size, Path(entry.path)))
         return sorted(found)
 
@@ -200,7 +210,7 @@ class Cache:
 def evict(path: Path) -> bool:
     """Remove a file of the cache unless somebody reads or fetches it."""
     try:
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # for writing: on NFS an exclusive lock asks for it
             if not try_lock(file):
                 return False
             path.unlink()

@@ -199,7 +199,9 @@ def make_reader(manifest: Manifest, vocab: Vocab, seq_len: int, packing: str, wi
 
 
 def announce(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[int]) -> None:
-    """Have the shard fetched at which a lane begins."""
+    """Have the shard fetched at which a lane begins, where it is remote."""
+    if reader.manifest.source is None:
+        return
     epoch, window, _ = place
     order = LaneEpoch(reader.manifest, reader.window_records, seed, epoch, lane, lanes)
     reader.manifest.ahead(order[window].shard, lanes)
@@ -224,7 +226,7 @@ def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[
         order = LaneEpoch(reader.manifest, reader.window_records, seed, epoch, lane, lanes)
         while window < len(order):
             where = order[window]
-            if reader.manifest.source and where.first == 0:
+            if where.first == 0:
                 announce_next(reader, order, window, seed, epoch, lane, lanes)
             try:
                 rows = reader.read(where, seed, epoch, where.shard, where.first)

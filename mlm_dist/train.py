@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mlm_dist import checkpoint, config, masking, models, optim, remote, schema, stream, vocab, world
-from mlm_dist.cache import Cache, make_cache
+from mlm_dist.cache import make_cache
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
 from mlm_dist.engine import Engine, resolve_precision
@@ -239,7 +239,8 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
 
 def open_data(cfg: RunConfig, world_size: int) -> tuple[Manifest, Manifest | None, Vocab]:
     """Training shards, held-out shards where there are any, and their tokenizer. Raises ConfigError for a misfit."""
-    root, cache = cfg.data.shards, open_cache(cfg)
+    root = cfg.data.shards
+    cache = make_cache(cfg.data.cache_dir, cfg.data.cache_gb, cfg.data.fetch_seconds)
     manifest = remote.open_split(remote.join(root, "train"), cache)
     tokenizer = vocab.load(remote.open_tokenizer(remote.join(root, "tokenizer"), cache))
     stream.check(manifest, tokenizer, cfg.data, cfg.batch, world_size)
@@ -247,11 +248,6 @@ def open_data(cfg: RunConfig, world_size: int) -> tuple[Manifest, Manifest | Non
     if valid is not None:
         stream.check_held_out(valid, tokenizer, cfg.data, cfg.batch)
     return manifest, valid, tokenizer
-
-
-def open_cache(cfg: RunConfig) -> Cache:
-    """Where the run keeps what it fetches of remote shards."""
-    return make_cache(cfg.data.cache_dir, cfg.data.cache_gb, cfg.data.fetch_seconds)
 
 
 def objective(cfg: RunConfig, transformer: torch.nn.Module, tokenizer: Vocab) -> MLM:

@@ -338,6 +338,16 @@ def test_the_longest_unused_goes_and_what_is_in_use_stays(server: Server, cache:
         file.close()
 
 
+def test_files_that_are_not_the_caches_stay(server: Server, cache: Cache, shard_bytes: int) -> None:
+    manifest = open_split(f"{server.address}/train", replace(cache, bytes=2 * shard_bytes))
+    for name in ("000000.tar", "mine.part", "x.7.part", "f" * 63 + ".tar"):
+        (cache.shards / name).write_bytes(b"x" * 10 * shard_bytes)
+    for number in range(8):
+        manifest.open(number).close()
+    assert sum(len(path.stem) == 64 for path in cache.shards.iterdir()) == 2
+    assert len(list(cache.shards.iterdir())) == 6
+
+
 def test_a_bound_below_two_shards_is_refused(server: Server, cache: Cache, shard_bytes: int) -> None:
     with pytest.raises(
         ConfigError, match=r"data\.cache_gb = .* has no room for two shards of .*: set it to .* or more"
