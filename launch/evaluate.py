@@ -10,17 +10,18 @@ from pathlib import Path
 import _cli
 import torch
 
-from mlm_dist import checkpoint, config, masking, schema, stream, train, vocab, world
+from mlm_dist import checkpoint, config, masking, remote, schema, stream, train, vocab, world
+from mlm_dist.cache import make_cache
 from mlm_dist.engine import StepSums, forward_sums
 from mlm_dist.evaluate import evaluate
-from mlm_dist.manifest import load_manifest
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, type=Path, help="run folder")
     parser.add_argument("--step", type=int, help="checkpoint's step (default: the newest whole one)")
-    parser.add_argument("--shards", type=Path, help="shard folder whose held-out part to use (default: the run's own)")
+    parser.add_argument("--shards", help="shard folder or URL whose held-out part to use (default: the run's own)")
+    parser.add_argument("--cache-dir", help="where remote shards are kept (default: as in the run)")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -31,15 +32,16 @@ def main() -> int:
     path = checkpoint.find(args.run, args.step)
     state = checkpoint.load_state(path)
     cfg = schema.from_mapping(config.RunConfig, state.facts["config"])
-    root = args.shards or Path(cfg.data.shards)
-    if (root / "train").exists() and not (root / "valid").exists():
-        raise schema.ConfigError(f"{root} holds no held-out documents; give others with --shards")
-    tokenizer = vocab.load(root / "tokenizer")
+    root = args.shards or cfg.data.shards
+    cache = make_cache(args.cache_dir or cfg.data.cache_dir, cfg.data.cache_gb, cfg.data.fetch_seconds)
+    tokenizer = vocab.load(remote.open_tokenizer(remote.join(root, "tokenizer"), cache))
     if tokenizer.fingerprint != state.facts["tokenizer"]:
         raise schema.ConfigError(
             f"{root} was built with another tokenizer than {args.run} was trained with; build it again with that one"
         )
-    manifest = load_manifest(root / "valid")
+    manifest = remote.find_split(remote.join(root, "valid"), cache)
+    if manifest is None:
+        raise schema.ConfigError(f"{root} holds no held-out documents; give others with --shards")
     model = train.load_model(cfg, tokenizer, path)
     with world.join(cfg.engine.timeout_seconds) as here:
         model.to(here.device).eval()

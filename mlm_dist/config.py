@@ -29,6 +29,9 @@ MAY_CHANGE = (
     "data.shards",  # the folder may move: its contents are compared instead
     "data.workers",
     "data.max_bad_shards",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.fetch_seconds",
     "batch.micro_rows",
     "engine.timeout_seconds",
     "log",

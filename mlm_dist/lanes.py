@@ -56,6 +56,11 @@ class LaneEpoch:
         part = window - int(self.ends[place]) + self.windows[place]
         return window_of(self.shards[place], self.samples[place], part, self.windows[place])
 
+    def shard_after(self, window: int) -> int | None:
+        """The shard that comes after this window's; None where that is the epoch's last."""
+        place = int(np.searchsorted(self.ends, window, side="right")) + 1
+        return self.shards[place] if place < len(self.shards) else None
+
     def after_shard_of(self, window: int) -> int:
         """The first window of the shard that comes after this window's."""
         return int(self.ends[np.searchsorted(self.ends, window, side="right")])
@@ -162,7 +167,7 @@ class Reader:
         lengths = np.concatenate([record.lengths for record in records])
         if len(tokens) and tokens.max() >= self.vocab.size:
             raise ShardError(
-                self.manifest.path / self.manifest.shards[window.shard].name,
+                self.manifest.place(self.manifest.shards[window.shard].name),
                 f"holds token id {tokens.max()}, and the tokenizer only has {self.vocab.size} ids: they don't match",
             )
         packed = pack(tokens, lengths, self.seq_len, self.vocab, self.packing, key)
@@ -183,14 +188,32 @@ def make_reader(manifest: Manifest, vocab: Vocab, seq_len: int, packing: str, wi
     """A Reader for shards that belong to the tokenizer; raises ConfigError for others."""
     if (manifest.tokenizer_sha256, manifest.vocab_size) != (vocab.fingerprint, vocab.size):
         raise ConfigError(
-            f"the tokenizer does not match the shards in {manifest.path}: they were built with another "
+            f"the tokenizer does not match the shards in {manifest.place()}: they were built with another "
             f"({manifest.vocab_size} ids, this one has {vocab.size}); use the one beside them, or build them again"
         )
     if not manifest.tokens:
-        raise ConfigError(f"the shards in {manifest.path} hold no tokens; build them from text that isn't empty")
+        raise ConfigError(f"the shards in {manifest.place()} hold no tokens; build them from text that isn't empty")
     plain = np.ones(vocab.size, bool)
     plain[list(vocab.special_ids)] = False
     return Reader(manifest, vocab, seq_len, packing, window_records, plain)
+
+
+def announce(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[int]) -> None:
+    """Have the shard fetched at which a lane begins, where it is remote."""
+    if reader.manifest.source is None:
+        return
+    epoch, window, _ = place
+    order = LaneEpoch(reader.manifest, reader.window_records, seed, epoch, lane, lanes)
+    reader.manifest.ahead(order[window].shard, lanes)
+
+
+def announce_next(reader: Reader, order: LaneEpoch, window: int, seed: int, epoch: int, lane: int, lanes: int) -> None:
+    """Have the shard fetched that a lane reads after that of this window."""
+    following = order.shard_after(window)
+    if following is not None:
+        reader.manifest.ahead(following, lanes)
+    else:
+        announce(reader, seed, lane, lanes, (epoch + 1, 0, 0))
 
 
 def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[int], bad: BadShards) -> Iterator[Rows]:
@@ -203,6 +226,8 @@ def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[
         order = LaneEpoch(reader.manifest, reader.window_records, seed, epoch, lane, lanes)
         while window < len(order):
             where = order[window]
+            if where.first == 0:
+                announce_next(reader, order, window, seed, epoch, lane, lanes)
             try:
                 rows = reader.read(where, seed, epoch, where.shard, where.first)
             except ShardError as error:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -47,6 +47,24 @@ class ShardInfo:
     first_record: int
 
 
+class Source(Protocol):
+    """Where the shards of a split come from that is not in a folder of this machine."""
+
+    address: str
+
+    def open(self, shard: ShardInfo) -> BinaryIO:
+        """The shard's file as its manifest says, fetched first where it must be. Raises ShardError."""
+
+    def ahead(self, shard: ShardInfo, lanes: int) -> None:
+        """Begin to fetch a shard that will be wanted soon; lanes: how many read at the same time."""
+
+    def roomy(self, lanes: int) -> bool:
+        """True where so many lanes can read, and have their next shards fetched, without a shard coming twice."""
+
+    def check(self, shard: ShardInfo) -> None:
+        """Compare a shard with its sha256, fetched first where it must be. Raises ShardError."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A split of the shards: what every file must hold. `hash` is the sha256 of manifest.json's bytes."""
@@ -59,9 +77,24 @@ class Manifest:
     hash: str
     records: np.ndarray = field(compare=False, repr=False)  # (samples,) RECORDS, memory mapped
     about: dict[str, Any] = field(compare=False, repr=False)  # how it was built: versions, counts
+    source: Source | None = field(default=None, compare=False, repr=False)  # none: the shards stand in `path`
 
-    def __reduce__(self) -> tuple[Callable[[Path], "Manifest"], tuple[Path]]:
-        return load_manifest, (self.path,)  # so that a worker process maps records.npy instead of copying it
+    def __reduce__(self) -> tuple[Callable[..., "Manifest"], tuple[Path, Source | None]]:
+        return load_manifest, (self.path, self.source)  # a worker process maps records.npy instead of copying it
+
+    def place(self, name: str = "") -> str:
+        """Where the user finds the split, or a file of it: a path or a URL."""
+        return f"{self.source.address}/{name}".rstrip("/") if self.source else str(self.path / name)
+
+    def open(self, shard: int) -> BinaryIO:
+        """A shard's file. Raises OSError or ShardError."""
+        info = self.shards[shard]
+        return self.source.open(info) if self.source else (self.path / info.name).open("rb")
+
+    def ahead(self, shard: int, lanes: int) -> None:
+        """Tell that a shard will be wanted soon, after those that the `lanes` lanes read now."""
+        if self.source:
+            self.source.ahead(self.shards[shard], lanes)
 
     @property
     def samples(self) -> int:
@@ -147,8 +180,11 @@ def sync_folder(folder: Path) -> None:
 # ---- reading
 
 
-def load_manifest(split_dir: str | Path) -> Manifest:
-    """The manifest of a split (OUT/train, OUT/valid). Raises ConfigError for a folder that is not a whole split."""
+def load_manifest(split_dir: str | Path, source: Source | None = None) -> Manifest:
+    """The manifest of a split (OUT/train, OUT/valid); source: of its shards, where they are not beside it.
+
+    Raises ConfigError for a folder that is not a whole split.
+    """
     split_dir = Path(split_dir)
     file = split_dir / "manifest.json"
     if re.match(r"\w[\w+.-]*:", str(split_dir)) and not split_dir.exists():
@@ -175,6 +211,7 @@ def load_manifest(split_dir: str | Path) -> Manifest:
             hash=hashlib.sha256(raw).hexdigest(),
             records=load_records(split_dir / "records.npy", said["records_sha256"]),
             about=said["about"],
+            source=source,
         )
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is damaged ({error!r}); copy it again or rebuild the shards") from error
@@ -217,7 +254,12 @@ def verify(manifest: Manifest) -> list[str]:
     problems = []
     for shard in manifest.shards:
         path = manifest.path / shard.name
-        if not path.exists():
+        if manifest.source:
+            try:
+                manifest.source.check(shard)
+            except ShardError as error:
+                problems.append(": ".join(map(str, error.args)))
+        elif not path.exists():
             problems.append(f"{path} is missing")
         elif path.stat().st_size != shard.bytes:
             problems.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {shard.bytes:,}")

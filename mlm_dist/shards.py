@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -133,11 +133,11 @@ def read_records(manifest: Manifest, shard: int, first: int = 0, count: int | No
     info = manifest.shards[shard]
     count = info.samples - first if count is None else count
     assert 0 <= first and 0 <= count and first + count <= info.samples
-    path = manifest.path / info.name
+    path = manifest.place(info.name)
     rows = manifest.records[info.first_record : info.first_record + info.samples]
     dtype = DTYPES[manifest.dtype]
     try:
-        with path.open("rb") as file:
+        with manifest.open(shard) as file:
             for start in range(first, first + count, READ_AHEAD):
                 stop = min(start + READ_AHEAD, first + count)
                 data = read_range(path, file, rows, start, stop, dtype)
@@ -146,7 +146,7 @@ def read_records(manifest: Manifest, shard: int, first: int = 0, count: int | No
         raise ShardError(path, f"can't be read ({error.strerror or error})") from error
 
 
-def read_range(path: Path, file: io.BufferedReader, rows: np.ndarray, start: int, stop: int, dtype: np.dtype) -> bytes:
+def read_range(path: str, file: BinaryIO, rows: np.ndarray, start: int, stop: int, dtype: np.dtype) -> bytes:
     """The bytes of the tar that hold the records `start` ... `stop - 1`."""
     last = rows[stop - 1]
     begin = int(rows[start]["offset"])
@@ -159,9 +159,9 @@ def read_range(path: Path, file: io.BufferedReader, rows: np.ndarray, start: int
     return data
 
 
-def decode(path: Path, data: bytes, rows: np.ndarray, start: int, dtype: np.dtype) -> Iterator[Record]:
+def decode(path: str, data: bytes, rows: np.ndarray, start: int, dtype: np.dtype) -> Iterator[Record]:
     """The records in a stretch of tar; `rows` say what they must be, `start` is the number of the first."""
-    source = [{"url": str(path), "stream": io.BytesIO(data)}]
+    source = [{"url": path, "stream": io.BytesIO(data)}]
     samples = group_by_keys(tar_file_expander(source), lcase=False)
     for index, (_, _, documents, tokens, crc) in enumerate(rows.tolist(), start):
         try:

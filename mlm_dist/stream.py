@@ -19,6 +19,7 @@ from mlm_dist.lanes import (
     BadShards,
     Reader,
     Rows,
+    announce,
     concatenate,
     lane_rows,
     make_reader,
@@ -41,7 +42,7 @@ CHUNKS_AHEAD = 8
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str = setting(help="the folder that shards/build.py made")
+    shards: str = setting(help="the folder that shards/build.py made, or its URL: https, http, s3, gs, ...")
     packing: Literal["best_fit", "pad"] = setting("best_fit", help="several documents a row, or one and padding")
     lanes: int | None = setting(
         None, low=1, help="streams that the order is made of; none: the largest power of two up to 64 and the shards"
@@ -49,6 +50,11 @@ class DataConfig:
     window_records: int = setting(64, low=1, help="records (of about 8k tokens) that are shuffled and packed together")
     workers: int = setting(1, low=0, help="loader processes a rank; 0: read in the training process")
     max_bad_shards: int = setting(0, low=0, help="damaged or missing shards to skip before the run ends")
+    cache_dir: str | None = setting(
+        None, help="where remote shards are kept, on a disk of each machine; none: mlm_dist in the user's cache folder"
+    )
+    cache_gb: float = setting(50.0, above=0, help="most that the shards there take, in 10^9 bytes")
+    fetch_seconds: float = setting(600.0, above=0, help="how long a remote file is tried before it counts as missing")
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ class LaneChunks(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Rows, tuple[str, ...]] | ShardError]:
         reader, places = self.reader, self.start["lanes"]
+        for lane in self.lanes:
+            announce(reader, self.seed, lane, len(places), places[lane])
         lanes = [lane_rows(reader, self.seed, lane, len(places), places[lane], self.bad) for lane in self.lanes]
         taps = [Tap(lane) for lane in lanes]
         turn = 0
@@ -268,7 +276,7 @@ class TrainBatches(Iterator[Batch]):
                 raise chunk
             rows, bad_shards = chunk
             for name in bad_shards:
-                path = self.reader.manifest.path / name
+                path = self.reader.manifest.place(name)
                 self.bad.add(name, ShardError(path, "is damaged or missing, and one more than data.max_bad_shards"))
             yield rows
 

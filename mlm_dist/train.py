@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from mlm_dist import checkpoint, config, masking, models, optim, schema, stream, vocab, world
+from mlm_dist import checkpoint, config, masking, models, optim, remote, schema, stream, vocab, world
+from mlm_dist.cache import make_cache
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
 from mlm_dist.engine import Engine, resolve_precision
 from mlm_dist.evaluate import evaluate
-from mlm_dist.manifest import Manifest, ShardError, load_manifest
+from mlm_dist.manifest import Manifest, ShardError
 from mlm_dist.metrics import Meter
 from mlm_dist.mlm import MLM
 from mlm_dist.schema import ConfigError
@@ -198,6 +199,8 @@ def save(run: Run) -> None:
 def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
     """Build the run on this rank, at its newest whole checkpoint where there is one."""
     manifest, valid, tokenizer = open_data(cfg, here.size)
+    if len(set(here.gather(manifest.hash))) > 1:
+        raise ConfigError(f"the ranks found different manifests at {cfg.data.shards}; start again when it is settled")
     facts = {
         "manifest": manifest.hash,
         "tokenizer": tokenizer.fingerprint,
@@ -223,6 +226,11 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
     tracker.start(state.step)
     if valid is None:
         tracker.say(f"{cfg.data.shards} holds no held-out documents: nothing is evaluated")
+    if manifest.source and not manifest.source.roomy(stream.resolve_lanes(len(manifest.shards), cfg.data.lanes, 1)):
+        tracker.say(
+            f"data.cache_gb = {cfg.data.cache_gb:g} doesn't hold two shards of every lane: they are not fetched ahead, "
+            "and perhaps more than once an epoch"
+        )
     batches = stack.enter_context(
         stream.train_batches(manifest, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
     )
@@ -231,14 +239,14 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
 
 def open_data(cfg: RunConfig, world_size: int) -> tuple[Manifest, Manifest | None, Vocab]:
     """Training shards, held-out shards where there are any, and their tokenizer. Raises ConfigError for a misfit."""
-    root = Path(cfg.data.shards)
-    manifest = load_manifest(root / "train")
-    tokenizer = vocab.load(root / "tokenizer")
+    root = cfg.data.shards
+    cache = make_cache(cfg.data.cache_dir, cfg.data.cache_gb, cfg.data.fetch_seconds)
+    manifest = remote.open_split(remote.join(root, "train"), cache)
+    tokenizer = vocab.load(remote.open_tokenizer(remote.join(root, "tokenizer"), cache))
     stream.check(manifest, tokenizer, cfg.data, cfg.batch, world_size)
-    if not (root / "valid").exists():
-        return manifest, None, tokenizer
-    valid = load_manifest(root / "valid")
-    stream.check_held_out(valid, tokenizer, cfg.data, cfg.batch)
+    valid = remote.find_split(remote.join(root, "valid"), cache)
+    if valid is not None:
+        stream.check_held_out(valid, tokenizer, cfg.data, cfg.batch)
     return manifest, valid, tokenizer
 
 

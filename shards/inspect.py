@@ -2,7 +2,8 @@
 
     python shards/inspect.py FOLDER [--verify]
 
-FOLDER is one that build.py made, or one split of it. Exits with 1 where --verify finds something wrong, and names it.
+FOLDER is one that build.py made, or one split of it; or the URL of either, whose files come
+through a cache. Exits with 1 where --verify finds something wrong, and names it.
 """
 
 import os
@@ -15,12 +16,13 @@ if (
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from mlm_dist import vocab
-from mlm_dist.manifest import Manifest, ShardError, load_manifest, verify
+from mlm_dist import remote, vocab
+from mlm_dist.cache import Cache, make_cache
+from mlm_dist.fetch import Patience
+from mlm_dist.manifest import Manifest, ShardError, verify
 from mlm_dist.schema import ConfigError
 from mlm_dist.shards import Record, read_records
 from mlm_dist.vocab import Vocab
@@ -34,18 +36,20 @@ SHOWN_CHARACTERS = 300
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a folder made by build.py, or one split of it")
+    parser.add_argument("folder", help="a folder made by build.py, or one split of it; or its URL")
     parser.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     parser.add_argument(
         "--documents", type=int, default=2, help="how many documents to show of each split (default: 2)"
     )
+    parser.add_argument("--cache-dir", help="where remote shards are kept (default: mlm_dist in your cache folder)")
+    parser.add_argument("--cache-gb", type=float, default=50.0, help="most that they take there (default: 50)")
     return parser.parse_args(argv)
 
 
-def splits_of(folder: Path) -> list[Path]:
-    """The splits in a folder, or the folder itself where it is one."""
-    found = [folder / name for name in ("train", "valid") if (folder / name).exists()]
-    return found or [folder]
+def splits_of(folder: str, cache: Cache) -> list[Manifest]:
+    """The splits in a folder or at a URL, or the folder itself where it is one. Raises ConfigError for none."""
+    found = [remote.find_split(remote.join(folder, name), cache) for name in ("train", "valid")]
+    return [manifest for manifest in found if manifest] or [remote.open_split(folder, cache)]
 
 
 def sampled(manifest: Manifest) -> Iterator[Record]:
@@ -58,7 +62,7 @@ def sampled(manifest: Manifest) -> Iterator[Record]:
 
 def show(manifest: Manifest, tokenizer: Vocab, documents: int) -> None:
     """Print a split's numbers and its first documents."""
-    print(f"{manifest.path}")
+    print(manifest.place())
     sizes = np.array([shard.tokens for shard in manifest.shards])
     rows = (
         ("tokens", f"{manifest.tokens:,} ({manifest.dtype}, vocabulary of {manifest.vocab_size:,})"),
@@ -99,13 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Inspect; returns the exit code."""
     args = parse(argv)
     try:
-        manifests = [load_manifest(split) for split in splits_of(args.folder)]
-        tokenizer_folder = manifests[0].path.parent / "tokenizer"
-        tokenizer = vocab.load(tokenizer_folder)
+        cache = make_cache(args.cache_dir, args.cache_gb, Patience().total_seconds)
+        manifests = splits_of(args.folder, cache)
+        tokenizer_folder = remote.join(manifests[0].place().rpartition("/")[0] or ".", "tokenizer")
+        tokenizer = vocab.load(remote.open_tokenizer(tokenizer_folder, cache))
         problems = []
         for manifest in manifests:
             if manifest.tokenizer_sha256 != tokenizer.fingerprint:
-                problems.append(f"{tokenizer_folder} is not the tokenizer that {manifest.path} was built with")
+                problems.append(f"{tokenizer_folder} is not the tokenizer that {manifest.place()} was built with")
             if args.verify:
                 problems += verify(manifest)
     except ConfigError as error:
