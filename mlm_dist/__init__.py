@@ -7,6 +7,7 @@ Reading order is import order: a module imports only modules above it in this li
     world        ranks, device, sums and agreed flags across ranks, stop signals
     vocab        the tokenizer: train, load, save; special ids
     manifest     what every file of a split must hold: counts, checksums, places of the records
+    samples      text in ordinary WebDataset tars: members, samples, the text of each
     shards       what is inside a shard: write, read
     packing      documents -> fixed (B, T) rows with document boundaries
     lanes        shards -> lanes -> windows: the order of the data, and its cursor
