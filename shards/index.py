@@ -33,13 +33,12 @@ from mlm_dist.manifest import (
 from mlm_dist.schema import ConfigError
 from mlm_dist.vocab import Vocab
 from shards.pool import Progress, in_order, workers
-from shards.tars import Indexed, Job, content_of, index_tar
+from shards.tars import ONE_UP, Indexed, Job, content_of, index_tar
 from shards.texts import Counts
 
 EXIT_REFUSED, EXIT_INTERRUPTED = 2, 130
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 WORKPLACE = ".indexing"  # in FOLDER: the lock, and the tokenizer until it is in place
-ONE_UP = "../"  # from the manifest in FOLDER/train to tars that lie in FOLDER
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -137,7 +136,7 @@ def index(args: argparse.Namespace) -> tuple[dict[str, Manifest], Vocab, Counts]
 
 def index_all(folder: Path, jobs: Sequence[Job], work: Callable[[Job], Indexed], processes: int) -> list[Indexed]:
     """What is in each tar, in the order of the jobs."""
-    sizes = [(folder / job.split / job.name).stat().st_size for job in jobs]
+    sizes = [job.path(folder).stat().st_size for job in jobs]
     progress = Progress("indexing", sum(sizes))
     found = []
     done = tokens = 0

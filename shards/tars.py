@@ -15,6 +15,7 @@ from shards.buckets import RECORD_TOKENS
 from shards.stages import load_once
 from shards.texts import Counts
 
+ONE_UP = "../"  # from the manifest in FOLDER/train to tars that lie in FOLDER
 TOGETHER = 256  # samples tokenized in one call
 
 
@@ -24,6 +25,12 @@ class Job(NamedTuple):
     split: str
     number: int
     name: str
+
+    def path(self, folder: Path) -> Path:
+        """Where the tar lies; FOLDER/train may not exist yet where it lies in FOLDER."""
+        return (
+            folder / self.name.removeprefix(ONE_UP) if self.name.startswith(ONE_UP) else folder / self.split / self.name
+        )
 
 
 class Indexed(NamedTuple):
@@ -36,7 +43,7 @@ class Indexed(NamedTuple):
 
 def index_tar(folder: Path, tokenizer: Path, content: TextContent, either: bool, job: Job) -> Indexed:
     """Read a tar, in a worker. either: a .txt beside a .json is not to be passed over but refused."""
-    path = folder / job.split / job.name
+    path = job.path(folder)
     rows, counts = Rows(job.number), Counts()
     try:
         found = checked(path, content, either)
@@ -122,7 +129,7 @@ class Rows:
 def content_of(folder: Path, jobs: Sequence[Job], member: str | None, text_key: str) -> TextContent:
     """Where the text is: as --member says, or as the first sample has it."""
     if member is None:
-        path = folder / jobs[0].split / jobs[0].name
+        path = jobs[0].path(folder)
         try:
             with path.open("rb") as file:
                 first = next(samples(path, file, 0, path.stat().st_size, True, MEMBERS[0]), None)
