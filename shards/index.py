@@ -177,6 +177,9 @@ def workplace(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ConfigError(f"{folder} is being indexed by another process; wait for it") from error
         try:
+            for left in place.iterdir():  # by an index that was killed
+                if left.is_dir():
+                    shutil.rmtree(left)
             yield
         finally:
             shutil.rmtree(place, ignore_errors=True)

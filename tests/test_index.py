@@ -21,7 +21,7 @@ from mlm_dist.schema import ConfigError
 from mlm_dist.shards import Record, read_records, write_split
 from mlm_dist.stream import BatchConfig, Cursor, DataConfig, held_out_batches, merge_cursors, train_batches
 from mlm_dist.vocab import Vocab
-from shards import build, inspect, tars
+from shards import build, index, inspect, tars
 from tests.conftest import toy_documents
 from tests.launching import ROOT, metrics, pretrain
 
@@ -181,7 +181,7 @@ def test_any_dialect_of_tar_is_read_as_webdataset_reads_it(
 ) -> None:
     names = [
         "d" * 80 + "/" + "long" * 9 + f"{number}.txt" for number in range(40)
-    ]  # too long for a header's first field
+    ]  # a header in two parts
     if format != tarfile.USTAR_FORMAT:
         names += ["n" * 300 + f"{number}.txt" for number in range(40)] + ["übung.txt"]
     documents = toy_documents(len(names), seed=3)
@@ -398,6 +398,10 @@ def test_folders_that_cannot_be_meant_are_refused(
     assert "train one first" in refused(by=Path("train:300"))
     vocab.train(["another"], 300).save(tmp_path / "own" / "tokenizer")
     assert "is another tokenizer; name that one, or give --force" in refused()
+    (tmp_path / "own" / ".indexing" / "replaced" / "deep").mkdir(parents=True)  # left by one that was killed
+    with index.workplace(tmp_path / "own"):
+        assert "is being indexed by another process" in refused("--force")
+    (tmp_path / "own" / ".indexing" / "replaced" / "deep").mkdir(parents=True)
     assert run(tmp_path / "own", tokenizer, "--force") == 0
     train.rename(tmp_path / "own" / "a.tar")
     assert "--valid-shards 1 leaves nothing of 1 tars to train on" in refused("--valid-shards", "1", "--force")
@@ -590,7 +594,7 @@ def test_a_real_run_on_tars_of_text_stops_and_goes_on(tmp_path: Path, tokenizer:
     plant(tmp_path, with_others)
     (tmp_path / "train").rename(tmp_path / "own")
     assert run(tmp_path / "own", tokenizer, "--valid-shards", "1") == 0
-    flags = ("data.workers=1", "data.window_records=2", "evaluate.every_steps=6", "checkpoint.every_steps=4")
+    flags = ("schedule.name=constant", "data.workers=1", "data.window_records=2", "evaluate.every_steps=6", "checkpoint.every_steps=4")
     whole = pretrain(tmp_path / "own", tmp_path / "whole", *flags, "run.steps=12")
     assert whole.returncode == 0, whole.stdout
     for steps in (5, 12):
