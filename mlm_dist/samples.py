@@ -165,7 +165,7 @@ def samples(path: Path, file: io.BufferedReader, begin: int, end: int, last: boo
             key, offset, data = stem, found.offset, None
             extensions = set()
         if extension in extensions:
-            raise ShardError(path, f"sample {key!r} has two .{extension}")
+            raise ShardError(path, f"sample {key!r} has two members {extension!r}")
         extensions.add(extension)
         if extension == member:
             data = read(path, file, found.data, found.size)

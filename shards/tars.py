@@ -80,7 +80,7 @@ def checked(path: Path, content: TextContent, either: bool) -> Iterator[Sample]:
             if either and sample.extensions.issuperset(MEMBERS):
                 raise ShardError(path, f"sample {sample.key!r} has a .txt and a .json: say which with --member")
             if sample.data is None:
-                has = ", ".join(f".{name}" for name in sorted(sample.extensions))
+                has = ", ".join(map(repr, sorted(sample.extensions)))
                 raise ShardError(path, f"sample {sample.key!r} has no .{content.member} beside its {has}")
             met.add(sample.key)
             yield sample
@@ -139,7 +139,7 @@ def content_of(folder: Path, jobs: Sequence[Job], member: str | None, text_key: 
             raise ConfigError(f"{path} holds no document; take it out of the folder")
         has = [name for name in MEMBERS if name in first.extensions]
         if len(has) != 1:
-            others = ", ".join(f".{name}" for name in sorted(first.extensions))
+            others = ", ".join(map(repr, sorted(first.extensions)))
             fix = "say which with --member" if has else "the text must be in a .txt, or in a .json"
             raise ConfigError(f"{path}: sample {first.key!r} has {others}: {fix}")
         member = has[0]
