@@ -8,6 +8,7 @@ Reading order is import order: a module imports only modules above it in this li
     vocab        the tokenizer: train, load, save; special ids
     fetch        bytes from http or an object store: ranges, stalls, attempts
     manifest     what every file of a split must hold: counts, checksums, places of the records
+    samples      text in ordinary WebDataset tars: members, samples, the text of each
     cache        a bounded folder of fetched files that a machine's processes share
     remote       splits at a URL: their shards fetched when they are wanted, a little ahead
     shards       what is inside a shard: write, read

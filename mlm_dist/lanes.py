@@ -162,7 +162,7 @@ class Reader:
 
         Raises ShardError where the shard is damaged, missing or holds ids that the tokenizer doesn't have.
         """
-        records = list(read_records(self.manifest, window.shard, window.first, window.count))
+        records = list(read_records(self.manifest, window.shard, window.first, window.count, self.vocab))
         tokens = np.concatenate([record.tokens for record in records])
         lengths = np.concatenate([record.lengths for record in records])
         if len(tokens) and tokens.max() >= self.vocab.size:

@@ -1,7 +1,7 @@
 """The manifest of a split: what every file of it must hold, with counts and checksums.
 
-A split is a folder of shards. `records.npy` holds the place, the counts and the crc32 of every record;
-`manifest.json`, written last, holds the counts and the sha256 of every file.
+A split is a folder of shards, of tokens or of text. `records.npy` holds the place, the counts and the crc32 of every
+record; `manifest.json`, written last, holds the counts and the sha256 of every file.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ from mlm_dist.schema import ConfigError
 
 FORMAT = 1
 RECORDS = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("documents", "<u4"), ("tokens", "<u8"), ("crc32", "<u4")])
+MEMBERS = ("txt", "json")  # that text is read from
+TAR_OF_TEXT = re.compile(r"(\.\./)?[^./\0][^/\0]*\.tar")  # beside the manifest, or one folder up: nowhere else
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 REBUILD = (
     "copy this file again from where the shards were built, rebuild them with shards/build.py, "
@@ -32,6 +34,14 @@ class ShardError(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.args[1]}; {REBUILD}" if len(self.args) == 2 else str(self.args[0])
+
+
+@dataclass(frozen=True)
+class TextContent:
+    """Shards of text. member: the extension that holds a sample's text; text_key: where the text is in a .json."""
+
+    member: str
+    text_key: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class Manifest:
     hash: str
     records: np.ndarray = field(compare=False, repr=False)  # (samples,) RECORDS, memory mapped
     about: dict[str, Any] = field(compare=False, repr=False)  # how it was built: versions, counts
+    text: TextContent | None = None  # none: the shards hold tokens
     source: Source | None = field(default=None, compare=False, repr=False)  # none: the shards stand in `path`
 
     def __reduce__(self) -> tuple[Callable[..., "Manifest"], tuple[Path, Source | None]]:
@@ -84,7 +95,7 @@ class Manifest:
 
     def place(self, name: str = "") -> str:
         """Where the user finds the split, or a file of it: a path or a URL."""
-        return f"{self.source.address}/{name}".rstrip("/") if self.source else str(self.path / name)
+        return beside(self.source.address, name) if self.source else str(self.path / name)
 
     def open(self, shard: int) -> BinaryIO:
         """A shard's file. Raises OSError or ShardError."""
@@ -127,16 +138,18 @@ def write_manifest(
     vocab_size: int,
     tokenizer_sha256: str,
     about: Mapping[str, Any],
+    text: TextContent | None = None,
 ) -> Manifest:
     """Write records.npy and then manifest.json, atomically: from here on the split is whole.
 
-    written: `(info, records)` of every shard, shard 0 first; about: how it was built, kept for the reader.
+    written: `(info, records)` of every shard, shard 0 first; about: how it was built, kept for the reader; text: where
+    shards of text have it.
     """
     split_dir = Path(split_dir)
     shards = []
     first = 0
     for number, (info, rows) in enumerate(written):
-        assert info.name == f"{number:06d}.tar" and len(rows) == info.samples and (rows["shard"] == number).all()
+        assert names_shard(info.name, number, text) and len(rows) == info.samples and (rows["shard"] == number).all()
         shards.append(asdict(info) | {"first_record": first})
         first += info.samples
     records = io.BytesIO()
@@ -144,6 +157,7 @@ def write_manifest(
     replace_file(split_dir / "records.npy", records.getvalue())
     manifest = {
         "format": FORMAT,
+        **({"content": "text", **asdict(text)} if text else {}),
         "dtype": dtype_for(vocab_size),
         "vocab_size": vocab_size,
         "tokenizer_sha256": tokenizer_sha256,
@@ -195,7 +209,10 @@ def load_manifest(split_dir: str | Path, source: Source | None = None) -> Manife
         raise ConfigError(f"{split_dir} holds several splits; give {split_dir / 'train'} or {split_dir / 'valid'}")
     if not file.exists():
         state = "is a build that did not finish: it has no manifest.json" if split_dir.is_dir() else "doesn't exist"
-        raise ConfigError(f"{split_dir} {state}; build it with `python shards/build.py --input TEXT --out FOLDER`")
+        raise ConfigError(
+            f"{split_dir} {state}; build it with `python shards/build.py --input TEXT --out FOLDER`, "
+            "or write the manifest of WebDataset tars of text with `--index FOLDER`"
+        )
     raw = file.read_bytes()
     try:
         said = json.loads(raw)
@@ -211,12 +228,36 @@ def load_manifest(split_dir: str | Path, source: Source | None = None) -> Manife
             hash=hashlib.sha256(raw).hexdigest(),
             records=load_records(split_dir / "records.npy", said["records_sha256"]),
             about=said["about"],
+            text=text_content(said),
             source=source,
         )
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is damaged ({error!r}); copy it again or rebuild the shards") from error
     check(manifest)
     return manifest
+
+
+def beside(address: str, name: str) -> str:
+    """The address of a split's file; `../name` stands beside the split's folder, which few servers make out."""
+    if name.startswith("../"):
+        address, name = address.rsplit("/", 1)[0], name.removeprefix("../")
+    return f"{address}/{name}".rstrip("/")
+
+
+def text_content(said: Mapping[str, Any]) -> TextContent | None:
+    """What a manifest says of shards of text; none where the shards hold tokens."""
+    if "content" not in said:
+        return None
+    if said["content"] != "text":
+        raise KeyError(said["content"])
+    return TextContent(said["member"], said["text_key"])
+
+
+def names_shard(name: Any, number: int, text: TextContent | None) -> bool:
+    """True where shard `number` may have this name: ours have their number, tars of text any that stays in place."""
+    if text is None:
+        return name == f"{number:06d}.tar"
+    return isinstance(name, str) and TAR_OF_TEXT.fullmatch(name) is not None
 
 
 def load_records(file: Path, sha256: str) -> np.ndarray:
@@ -235,10 +276,12 @@ def check(manifest: Manifest) -> None:
     """Raises ConfigError where a manifest contradicts itself or names a file outside its folder."""
     first = 0
     wrong = "" if manifest.dtype in DTYPES else f"dtype {manifest.dtype!r}"
+    if manifest.text and (manifest.text.member not in MEMBERS or not isinstance(manifest.text.text_key, str)):
+        wrong = f"text in {manifest.text}"
     for number, shard in enumerate(manifest.shards):
         rows = manifest.records[first : first + shard.samples]
         counts = (shard.first_record, len(rows), int(rows["documents"].sum()), int(rows["tokens"].sum()))
-        if shard.name != f"{number:06d}.tar":
+        if not names_shard(shard.name, number, manifest.text):
             wrong = f"shard {number} is named {shard.name!r}"
         elif counts != (first, shard.samples, shard.documents, shard.tokens) or (rows["shard"] != number).any():
             wrong = f"{shard.name} and records.npy count differently"

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from mlm_dist.cache import Cache
 from mlm_dist.fetch import FetchError, checked, fill, is_remote, public
-from mlm_dist.manifest import Manifest, ShardError, ShardInfo, load_manifest, sha256_of
+from mlm_dist.manifest import Manifest, ShardError, ShardInfo, beside, load_manifest, sha256_of
 from mlm_dist.schema import ConfigError
 
 # True where a split, or a tokenizer, must have the file.
@@ -50,9 +50,11 @@ class RemoteShards:
                     break
             return file
         except FetchError as error:
-            raise ShardError(f"{self.address}/{shard.name}", f"can't be fetched: {error}") from None
+            raise ShardError(beside(self.address, shard.name), f"can't be fetched: {error}") from None
         except OSError as error:
-            sentence = f"{self.address}/{shard.name} can't be kept in {self.cache.folder} ({error.strerror or error})"
+            sentence = (
+                f"{beside(self.address, shard.name)} can't be kept in {self.cache.folder} ({error.strerror or error})"
+            )
             raise ShardError(f"{sentence}; make room there, lower data.cache_gb or set data.cache_dir") from error
 
     def fetch(self, shard: ShardInfo, part: BinaryIO, deadline: float) -> None:
@@ -60,7 +62,7 @@ class RemoteShards:
         for _ in range(WRONG_DOWNLOADS):
             while True:
                 try:
-                    fill(part, f"{self.address}/{shard.name}", shard.bytes, self.cache.patience, deadline)
+                    fill(part, beside(self.address, shard.name), shard.bytes, self.cache.patience, deadline)
                     break
                 except OSError as error:
                     if error.errno != errno.ENOSPC or not self.cache.evict_one():

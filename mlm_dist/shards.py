@@ -1,10 +1,12 @@
 """What is inside a shard: write it, read it.
 
 A shard is a WebDataset tar. A record is two members, `NNNNNNNN.bin` (the token ids of several whole documents, no
-special ids) and `NNNNNNNN.len` (their lengths, uint32).
+special ids) and `NNNNNNNN.len` (their lengths, uint32). Tars of text hold what their owner put there (`samples`);
+`read_records` gives the records of both.
 """
 
 import io
+import itertools
 import os
 import tarfile
 import zlib
@@ -21,9 +23,10 @@ import webdataset as wds
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mlm_dist.manifest import DTYPES, RECORDS, Manifest, ShardError, ShardInfo, dtype_for, sha256_of, write_manifest
+from mlm_dist.samples import BLOCK, blocks, read_documents
+from mlm_dist.vocab import Vocab
 
 LENGTHS = np.dtype("<u4")
-BLOCK = 512  # a tar member is a header of one block, then its bytes in whole blocks
 READ_AHEAD = 16  # records fetched from the file at once
 
 
@@ -116,19 +119,17 @@ def record_key(index: int) -> str:
     return f"{index:08d}"
 
 
-def blocks(size: int) -> int:
-    """`size` bytes rounded up to whole tar blocks."""
-    return -(-size // BLOCK) * BLOCK
-
-
 # ---- reading
 
 
-def read_records(manifest: Manifest, shard: int, first: int = 0, count: int | None = None) -> Iterator[Record]:
+def read_records(
+    manifest: Manifest, shard: int, first: int = 0, count: int | None = None, vocab: Vocab | None = None
+) -> Iterator[Record]:
     """The records `first` ... `first + count - 1` of a shard, in order, without reading what comes before them.
 
     webdataset reads the tar from the first record's offset; every record's key, members, counts and crc32 are checked.
-    The arrays are read-only views. Raises ShardError at the first thing that is not as the manifest says.
+    The arrays are read-only views. Shards of text are tokenized here, with `vocab`, which must be that of the manifest.
+    Raises ShardError at the first thing that is not as the manifest says.
     """
     info = manifest.shards[shard]
     count = info.samples - first if count is None else count
@@ -138,6 +139,12 @@ def read_records(manifest: Manifest, shard: int, first: int = 0, count: int | No
     dtype = DTYPES[manifest.dtype]
     try:
         with manifest.open(shard) as file:
+            if manifest.text:
+                assert vocab is not None and vocab.fingerprint == manifest.tokenizer_sha256
+                for found in read_documents(path, file, rows, first, count, info.bytes, manifest.text, vocab):
+                    lengths = np.array([len(ids) for ids in found], LENGTHS)
+                    yield Record(np.fromiter(itertools.chain.from_iterable(found), dtype, int(lengths.sum())), lengths)
+                return
             for start in range(first, first + count, READ_AHEAD):
                 stop = min(start + READ_AHEAD, first + count)
                 data = read_range(path, file, rows, start, stop, dtype)

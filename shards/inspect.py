@@ -22,7 +22,7 @@ import numpy as np
 from mlm_dist import remote, vocab
 from mlm_dist.cache import Cache, make_cache
 from mlm_dist.fetch import Patience
-from mlm_dist.manifest import Manifest, ShardError, verify
+from mlm_dist.manifest import Manifest, ShardError, TextContent, verify
 from mlm_dist.schema import ConfigError
 from mlm_dist.shards import Record, read_records
 from mlm_dist.vocab import Vocab
@@ -30,6 +30,7 @@ from mlm_dist.vocab import Vocab
 EXIT_DAMAGED, EXIT_REFUSED = 1, 2
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
 SAMPLED_RECORDS = 2000  # read for the lengths of documents
+SAMPLED_TEXT_RECORDS = 200  # of shards of text, which are tokenized for it
 SHOWN_CHARACTERS = 300
 
 
@@ -52,12 +53,14 @@ def splits_of(folder: str, cache: Cache) -> list[Manifest]:
     return [manifest for manifest in found if manifest] or [remote.open_split(folder, cache)]
 
 
-def sampled(manifest: Manifest) -> Iterator[Record]:
-    """The records of as many shards as hold about 2,000, spread over the split."""
+def sampled(manifest: Manifest, tokenizer: Vocab) -> Iterator[Record]:
+    """Some 2,000 records, of shards of text 200, from as many shards as that takes, spread over the split."""
+    wanted = SAMPLED_TEXT_RECORDS if manifest.text else SAMPLED_RECORDS
     per_shard = max(1, manifest.samples // len(manifest.shards))
-    count = min(len(manifest.shards), -(-SAMPLED_RECORDS // per_shard))
+    count = min(len(manifest.shards), -(-wanted // per_shard))
     for shard in np.linspace(0, len(manifest.shards) - 1, count).astype(int).tolist():
-        yield from read_records(manifest, shard)
+        records = min(-(-wanted // count), manifest.shards[shard].samples) if manifest.text else None
+        yield from read_records(manifest, shard, 0, records, tokenizer)
 
 
 def show(manifest: Manifest, tokenizer: Vocab, documents: int) -> None:
@@ -69,11 +72,12 @@ def show(manifest: Manifest, tokenizer: Vocab, documents: int) -> None:
         ("documents", f"{manifest.documents:,}, {manifest.tokens / manifest.documents:,.0f} tokens each"),
         ("records", f"{manifest.samples:,}, {manifest.tokens / manifest.samples:,.0f} tokens each"),
         ("shards", f"{len(sizes):,}, {sizes.min():,} to {sizes.max():,} tokens, {manifest.bytes / 1e6:,.1f} MB in all"),
+        *([("text", described(manifest.text))] if manifest.text else []),
         ("built with", ", ".join(f"{name} {said}" for name, said in manifest.about.get("versions", {}).items())),
     )
     for name, said in rows:
         print(f"  {name:12} {said}")
-    records = list(sampled(manifest))
+    records = list(sampled(manifest, tokenizer))
     lengths = np.concatenate([record.lengths for record in records])
     numbers = np.percentile(lengths, PERCENTILES, method="lower")
     print(f"  tokens a document, percentiles over {len(lengths):,} documents:")
@@ -82,6 +86,13 @@ def show(manifest: Manifest, tokenizer: Vocab, documents: int) -> None:
     for number, ids in enumerate(first_documents(records, documents), 1):
         text = tokenizer.decode(ids[:SHOWN_CHARACTERS])  # a token has a character at least
         print(f"  document {number}, {len(ids):,} tokens: {shortened(text)}")
+
+
+def described(text: TextContent) -> str:
+    """Where shards of text have it, in words."""
+    return (
+        f"in .{text.member} members{f', under {text.text_key!r}' if text.member == 'json' else ''}; tokenized as read"
+    )
 
 
 def first_documents(records: list[Record], count: int) -> Iterator[np.ndarray]:

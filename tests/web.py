@@ -7,6 +7,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import unquote
 
 
 class Server:
@@ -52,7 +53,7 @@ def handler_of(server: Server) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_GET(self) -> None:
-            path = self.path.lstrip("/")
+            path = unquote(self.path).lstrip("/")
             asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             begin = int(asked[1]) if asked else 0
             server.requests.append((path, begin))
