@@ -5,6 +5,7 @@ wanted; every row brings the place of its lane after it. The parent deals the ch
 cursor in a Batch says what was delivered, however far the workers have read ahead.
 """
 
+import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,23 @@ class Tap:
         return concatenate(parts)
 
 
+class Lane:
+    """The rows of one lane, one at a time: of many lanes a chunk takes no more than a row or a few."""
+
+    def __init__(self, blocks: Iterator[Rows]) -> None:
+        self.blocks = blocks
+        self.next = self.count = 0
+
+    def move_to(self, columns: tuple[np.ndarray, ...], row: int) -> None:
+        """Put the next row at `row` of a chunk's columns."""
+        while self.next == self.count:
+            block = next(self.blocks)
+            self.columns, self.next, self.count = block.columns(), 0, len(block)
+        for target, source in zip(columns, self.columns, strict=True):
+            target[row] = source[self.next]
+        self.next += 1
+
+
 class LaneChunks(IterableDataset):
     """What one worker reads: endless chunks of rows of its lanes, one row of each in turn.
 
@@ -109,15 +127,13 @@ class LaneChunks(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Rows, tuple[str, ...]] | ShardError]:
         reader, places = self.reader, self.start["lanes"]
         lanes = [lane_rows(reader, self.seed, lane, len(places), places[lane], self.bad) for lane in self.lanes]
-        taps = [Tap(lane) for lane in lanes]
-        turn = 0
+        turns = itertools.cycle([Lane(lane) for lane in lanes])
         try:
             while True:
                 chunk = reader.blank_rows(self.chunk_rows)
-                for first in range(min(len(taps), self.chunk_rows)):
-                    where = slice(first, None, len(taps))
-                    chunk[where] = taps[(turn + first) % len(taps)].take(len(chunk[where]))
-                turn = (turn + self.chunk_rows) % len(taps)
+                columns = chunk.columns()
+                for row, lane in zip(range(self.chunk_rows), turns, strict=False):
+                    lane.move_to(columns, row)
                 yield chunk, tuple(self.bad.names)
         except ShardError as error:
             yield error  # as a value: raised here, it would reach the parent as a traceback in another error's text
