@@ -7,7 +7,7 @@ lane `g % lanes`, so the order does not depend on who reads it: rank `r` of `n` 
 rows with `g % n == r`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,16 +119,24 @@ class Rows:
     def __setitem__(self, where: slice | np.ndarray, rows: "Rows") -> None:
         self.ids[where], self.segments[where], self.facts[where] = rows.ids, rows.segments, rows.facts
 
-    def columns(self) -> tuple[np.ndarray, ...]:
-        """What `n` rows consist of, as arrays (n, ...) of plain numbers: numpy copies those fastest."""
-        return self.ids, self.segments, self.facts.view(np.int32).reshape(len(self), -1)
-
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """Rows one after the other; a single part is not copied."""
     if len(parts) == 1:
         return parts[0]
     return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "segments", "facts")))
+
+
+def one_by_one(blocks: Iterable[Rows]) -> Iterator[tuple[np.ndarray, ...]]:
+    """The rows of all blocks, each as its (ids, segments, facts): to slice them out of Rows would cost ten times that."""
+    for block in blocks:
+        yield from zip(block.ids, block.segments, block.facts.view(np.int32).reshape(len(block), -1), strict=True)
+
+
+def stack(rows: Sequence[tuple[np.ndarray, ...]]) -> Rows:
+    """What `one_by_one` took apart, put together: at least one row."""
+    ids, segments, facts = (np.concatenate(column).reshape(len(rows), -1) for column in zip(*rows, strict=True))
+    return Rows(ids, segments, facts.view(FACTS)[:, 0])
 
 
 class BadShards:

@@ -23,8 +23,10 @@ from mlm_dist.lanes import (
     concatenate,
     lane_rows,
     make_reader,
+    one_by_one,
     own_lanes,
     resolve_lanes,
+    stack,
     windows_in_order,
 )
 from mlm_dist.manifest import Manifest, ShardError
@@ -91,23 +93,6 @@ class Tap:
         return concatenate(parts)
 
 
-class Lane:
-    """The rows of one lane, one at a time: of many lanes a chunk takes no more than a row or a few."""
-
-    def __init__(self, blocks: Iterator[Rows]) -> None:
-        self.blocks = blocks
-        self.next = self.count = 0
-
-    def move_to(self, columns: tuple[np.ndarray, ...], row: int) -> None:
-        """Put the next row at `row` of a chunk's columns."""
-        while self.next == self.count:
-            block = next(self.blocks)
-            self.columns, self.next, self.count = block.columns(), 0, len(block)
-        for target, source in zip(columns, self.columns, strict=True):
-            target[row] = source[self.next]
-        self.next += 1
-
-
 class LaneChunks(IterableDataset):
     """What one worker reads: endless chunks of rows of its lanes, one row of each in turn.
 
@@ -127,14 +112,11 @@ class LaneChunks(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Rows, tuple[str, ...]] | ShardError]:
         reader, places = self.reader, self.start["lanes"]
         lanes = [lane_rows(reader, self.seed, lane, len(places), places[lane], self.bad) for lane in self.lanes]
-        turns = itertools.cycle([Lane(lane) for lane in lanes])
+        turns = itertools.cycle([one_by_one(lane) for lane in lanes])
         try:
             while True:
-                chunk = reader.blank_rows(self.chunk_rows)
-                columns = chunk.columns()
-                for row, lane in zip(range(self.chunk_rows), turns, strict=False):
-                    lane.move_to(columns, row)
-                yield chunk, tuple(self.bad.names)
+                rows = [next(lane) for lane in itertools.islice(turns, self.chunk_rows)]
+                yield stack(rows), tuple(self.bad.names)
         except ShardError as error:
             yield error  # as a value: raised here, it would reach the parent as a traceback in another error's text
 
