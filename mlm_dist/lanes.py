@@ -128,7 +128,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 def one_by_one(blocks: Iterable[Rows]) -> Iterator[tuple[np.ndarray, ...]]:
-    """The rows of all blocks, each as its (ids, segments, facts): to slice them out of Rows would cost ten times that."""
+    """The rows of all blocks, each as its (ids, segments, facts); to slice them out of Rows costs ten times as much."""
     for block in blocks:
         yield from zip(block.ids, block.segments, block.facts.view(np.int32).reshape(len(block), -1), strict=True)
 
