@@ -29,6 +29,11 @@ from mlm_dist.vocab import Vocab
 LENGTHS = np.dtype("<u4")
 READ_AHEAD = 16  # records fetched from the file at once
 
+# A member's header, but for its name, size and checksum: mode 0644, no owners, no time, a regular file.
+OWNERS, MTIME = b"0000644\0" + 2 * b"0000000\0", b"00000000000\0"
+REST = (b"0" + bytes(100) + b"ustar\0" + b"00").ljust(BLOCK - 156, b"\0")
+CONSTANT_SUM = sum(OWNERS + MTIME + REST) + 8 * ord(" ")  # the checksum's own field counts as spaces
+
 
 class Record(NamedTuple):
     """Several whole documents. tokens: (tokens,) uint16 or uint32; lengths: (documents,) uint32, summing to tokens."""
@@ -127,8 +132,8 @@ def read_records(
 ) -> Iterator[Record]:
     """The records `first` ... `first + count - 1` of a shard, in order, without reading what comes before them.
 
-    webdataset reads the tar from the first record's offset; every record's key, members, counts and crc32 are checked.
-    The arrays are read-only views. Shards of text are tokenized here, with `vocab`, which must be that of the manifest.
+    Every record's key, members, counts and crc32 are checked. The arrays are read-only views. Shards of text are
+    tokenized here, with `vocab`, which must be that of the manifest.
     Raises ShardError at the first thing that is not as the manifest says.
     """
     info = manifest.shards[shard]
@@ -167,7 +172,46 @@ def read_range(path: str, file: BinaryIO, rows: np.ndarray, start: int, stop: in
 
 
 def decode(path: str, data: bytes, rows: np.ndarray, start: int, dtype: np.dtype) -> Iterator[Record]:
-    """The records in a stretch of tar; `rows` say what they must be, `start` is the number of the first."""
+    """The records in a stretch of tar; `rows` say what they must be, `start` is the number of the first.
+
+    Headers that are to the byte those that ShardWriter writes need no parsing. Whatever differs, be it damage or a tar
+    from another writer, webdataset reads.
+    """
+    records = decode_as_written(data, rows, start, dtype)
+    return iter(records) if records is not None else decode_any(path, data, rows, start, dtype)
+
+
+def decode_as_written(data: bytes, rows: np.ndarray, start: int, dtype: np.dtype) -> list[Record] | None:
+    """The records in a stretch of tar, or None unless all are there, written by ShardWriter and undamaged."""
+    records = []
+    at = 0
+    for index, (_, _, documents, tokens, crc) in enumerate(rows.tolist(), start):
+        sizes = tokens * dtype.itemsize, documents * LENGTHS.itemsize
+        first, second = at + BLOCK, at + 2 * BLOCK + blocks(sizes[0])
+        key = record_key(index).encode()
+        named = data.startswith(header(key + b".bin", sizes[0]), at)
+        if not named or not data.startswith(header(key + b".len", sizes[1]), second - BLOCK):
+            return None
+        at = second + blocks(sizes[1])
+        if at > len(data):
+            return None
+        ids = np.frombuffer(data, dtype, tokens, first)
+        lengths = np.frombuffer(data, LENGTHS, documents, second)
+        if zlib.crc32(lengths, zlib.crc32(ids)) != crc or np.add.reduce(lengths, dtype=np.int64) != tokens:
+            return None
+        records.append(Record(ids, lengths))
+    return records
+
+
+def header(name: bytes, size: int) -> bytes:
+    """The tar header that ShardWriter gives a member (the ustar format of POSIX.1-1988)."""
+    octal = b"%011o\0" % size
+    checksum = b"%06o\0 " % (CONSTANT_SUM + sum(name) + sum(octal))
+    return b"".join((name.ljust(100, b"\0"), OWNERS, octal, MTIME, checksum, REST))
+
+
+def decode_any(path: str, data: bytes, rows: np.ndarray, start: int, dtype: np.dtype) -> Iterator[Record]:
+    """The records in a stretch of tar, read by webdataset; raises ShardError at the first that is not as `rows` say."""
     source = [{"url": path, "stream": io.BytesIO(data)}]
     samples = group_by_keys(tar_file_expander(source), lcase=False)
     for index, (_, _, documents, tokens, crc) in enumerate(rows.tolist(), start):

@@ -5,6 +5,7 @@ wanted; every row brings the place of its lane after it. The parent deals the ch
 cursor in a Batch says what was delivered, however far the workers have read ahead.
 """
 
+import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from mlm_dist.lanes import (
     concatenate,
     lane_rows,
     make_reader,
+    one_by_one,
     own_lanes,
     resolve_lanes,
+    stack,
     windows_in_order,
 )
 from mlm_dist.manifest import Manifest, ShardError
@@ -117,16 +120,11 @@ class LaneChunks(IterableDataset):
         for lane in self.lanes:
             announce(reader, self.seed, lane, len(places), places[lane])
         lanes = [lane_rows(reader, self.seed, lane, len(places), places[lane], self.bad) for lane in self.lanes]
-        taps = [Tap(lane) for lane in lanes]
-        turn = 0
+        turns = itertools.cycle([one_by_one(lane) for lane in lanes])
         try:
             while True:
-                chunk = reader.blank_rows(self.chunk_rows)
-                for first in range(min(len(taps), self.chunk_rows)):
-                    where = slice(first, None, len(taps))
-                    chunk[where] = taps[(turn + first) % len(taps)].take(len(chunk[where]))
-                turn = (turn + self.chunk_rows) % len(taps)
-                yield chunk, tuple(self.bad.names)
+                rows = [next(lane) for lane in itertools.islice(turns, self.chunk_rows)]
+                yield stack(rows), tuple(self.bad.names)
         except ShardError as error:
             yield error  # as a value: raised here, it would reach the parent as a traceback in another error's text
 
