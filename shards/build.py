@@ -40,7 +40,7 @@ from shards.files import Piece
 from shards.jobs import Job, job_of, vocabulary_size
 from shards.runs import Run, Shelf, Spill
 from shards.texts import Counts
-from shards.workplace import BUILDING, OUTPUT, PARTS, Workplace, check_free, check_ours, difference, occupied
+from shards.workplace import BUILDING, OUTPUT, PARTS, TOKENIZER, Workplace, check_free, check_ours, difference, occupied
 
 EXIT_REFUSED, EXIT_INTERRUPTED = 2, 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -150,16 +150,22 @@ def merge(args: argparse.Namespace) -> Built:
 
 
 def build_tokenizer(args: argparse.Namespace) -> Vocab:
-    """Make OUT/tokenizer alone."""
-    with occupied(args.out / BUILDING) as place:
+    """Make OUT/tokenizer alone; if this very command has made it before, it is left as it is."""
+    with occupied(args.out / TOKENIZER) as place:
         if (args.out / "train").exists():
             raise ConfigError(f"{args.out} holds shards, which another tokenizer would not fit; give another --out")
         job = job_of(args)
-        place.adopt(job.plan | {"part": "tokenizer"})
+        plan = job.plan | {"part": "tokenizer"}
+        if place.concluded(plan):
+            place.publish(args.out)
+            made = vocab.load(args.out / "tokenizer")
+            if made.fingerprint == place.outcome["fingerprint"]:
+                return made
+            place.clear()
+        place.adopt(plan)
         made = with_tokenizer(place, job, args.tokenizer)
-        place.conclude({"output": ["tokenizer"]})
+        place.conclude({"output": ["tokenizer"], "fingerprint": made.fingerprint})
         place.publish(args.out)
-        place.clear()
         return made
 
 
@@ -222,6 +228,7 @@ def finished(place: Workplace, out: Path) -> Built:
     built = Built(splits, vocab.load(out / "tokenizer"), counts, outcome["files"])
     if (place.plan or {}).get("part") == "merge" and (out / PARTS).exists():
         (out / PARTS).rename(place.folder / "merged")
+    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
     place.clear()
     return built
 

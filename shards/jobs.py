@@ -54,17 +54,19 @@ def job_of(args: argparse.Namespace) -> Job:
     plan = {
         "format": PLAN_FORMAT,
         "part": "1/1",
-        "pieces": len(pieces),
-        "files": len(train_files) + len(valid_files),
         "inputs": parts.inputs_hash(pieces),
         "tokenizer": tokenizer.fingerprint if tokenizer else f"{args.tokenizer} on {args.tokenizer_sample_mb} MB",
         "dtype": dtype_for(tokenizer.size) if tokenizer else None,
-        "buckets": [bucket_count(size, args.shard_tokens), bucket_count(valid_size, args.shard_tokens)],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }
     keys = ("text_key", "document_bytes", "strict", "seed", "valid_fraction", "shard_tokens")
-    options = {key: getattr(args, key) for key in keys}
-    return Job(settings_of(args), pieces, tokenizer, plan | options)
+    plan |= {key: getattr(args, key) for key in keys}
+    plan |= {  # what follows from the above; these come last, so that a difference is called by its cause
+        "pieces": len(pieces),
+        "files": len(train_files) + len(valid_files),
+        "buckets": [bucket_count(size, args.shard_tokens), bucket_count(valid_size, args.shard_tokens)],
+    }
+    return Job(settings_of(args), pieces, tokenizer, plan)
 
 
 def vocabulary_size(name: str) -> int:

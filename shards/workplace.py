@@ -20,7 +20,8 @@ from typing import Any, TextIO
 from mlm_dist.schema import ConfigError
 from mlm_dist.shards import replace_file, sync_folder
 
-BUILDING, PARTS = ".building", ".parts"  # in OUT: where shards are made; where parts wait to be merged
+# In OUT: where shards are made, where parts wait to be merged, where a tokenizer alone is trained.
+BUILDING, PARTS, TOKENIZER = ".building", ".parts", ".tokenizer"
 OUTPUT = ("tokenizer", "valid", "train")  # what comes out; `train` comes into place last
 MADE = re.compile(r"(\d{6,}\.tar|records\.npy|manifest\.json|tokenizer\.json|tokenizer_config\.json)(\.tmp)?")
 LOCK_SECONDS = 5.0  # the workers of a build that was killed hold its lock for an instant longer
@@ -56,7 +57,11 @@ class Workplace:
     def holds_work(self) -> bool:
         """True where something is finished that a build could go on with."""
         trained = str((self.plan or {}).get("tokenizer")).startswith("train:") and (self.folder / "tokenizer").exists()
-        return trained or any(any(self.folder.glob(glob)) for glob in ("runs/*.run", "finished/*/*.json"))
+        return (
+            trained
+            or self.outcome is not None
+            or any(any(self.folder.glob(glob)) for glob in ("runs/*.run", "finished/*/*.json"))
+        )
 
     def adopt(self, plan: Plan) -> None:
         """Make this the place of a build: with what is there if it is of the very same build, else empty."""
