@@ -43,7 +43,7 @@ def rows(file: Path, raw: BinaryIO, key: str, start: int, stop: int | None) -> I
     a column of text named `key`, and a row without a text.
     """
     with whole(file):
-        opened = pq.ParquetFile(raw, buffer_size=READ_BYTES, pre_buffer=False)
+        opened = pq.ParquetFile(raw, buffer_size=READ_BYTES, pre_buffer=False, page_checksum_verification=True)
         metadata = opened.metadata
         column = column_of(file, opened, key)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
