@@ -158,10 +158,10 @@ def build_tokenizer(args: argparse.Namespace) -> Vocab:
         plan = job.plan | {"part": "tokenizer"}
         if place.concluded(plan):
             place.publish(args.out)
-            made = vocab.load(args.out / "tokenizer")
-            if made.fingerprint == place.outcome["fingerprint"]:
+            made = vocab.load(args.out / "tokenizer") if (args.out / "tokenizer").exists() else None
+            if made and made.fingerprint == place.outcome["fingerprint"]:
                 return made
-            place.clear()
+            place.clear()  # somebody has changed it
         place.adopt(plan)
         made = with_tokenizer(place, job, args.tokenizer)
         place.conclude({"output": ["tokenizer"], "fingerprint": made.fingerprint})

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +133,9 @@ def test_a_tokenizer_is_trained_before_the_parts(
     for again in (False, True):
         assert build.main(command(out, "--tokenizer-only", tokenizer="train:400", inputs=corpus)) == 0
         assert ("training a tokenizer" in capsys.readouterr().err) is not again
+    vocab.train(prose(9), 300).save(out / "tokenizer")
+    assert build.main(command(out, "--tokenizer-only", tokenizer="train:400", inputs=corpus)) == 0
+    assert "training a tokenizer" in capsys.readouterr().err
     make_parts(out, corpus, out / "tokenizer", 2)
     assert build.main(command(out, "--merge")) == 0
     assert build.main(command(one, tokenizer="train:400", inputs=corpus)) == 0
@@ -377,6 +381,29 @@ def test_parts_and_merges_killed_anywhere_go_on_to_the_same_bytes(
     assert kill_everywhere(command(out, "--merge"), out, step, check_merge) > 40 / step
 
 
+@pytest.mark.parametrize("step", [31, pytest.param(1, marks=pytest.mark.slow)])
+def test_old_shards_are_whole_until_the_new_ones_are(
+    tmp_path: Path, corpus: Path, tokenizer: str, single: dict[str, bytes], step: int
+) -> None:
+    old, out = tmp_path / "old", tmp_path / "out"
+    assert build.main(command(old, "--valid-fraction", "0", tokenizer=tokenizer, inputs=corpus / "0.jsonl")) == 0
+    before, moment = contents(old), 0
+    argv = command(out, "--force", tokenizer=tokenizer, inputs=corpus)
+    while True:
+        moment += step
+        subprocess.run(["rm", "-rf", out], check=True)
+        subprocess.run(["cp", "-rp", old, out], check=True)
+        code = fork(killed_at, moment, argv)
+        found = {name: data for name, data in contents(out).items() if name[0] != "."}
+        if "train/manifest.json" in found:
+            assert found in (before, single)
+        if code == 0:
+            break
+        assert build.main(argv) == 0
+        assert contents(out) == single
+    assert moment > 60 and found == single
+
+
 def test_what_is_finished_is_not_done_again(
     tmp_path: Path, corpus: Path, tokenizer: str, single: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -444,7 +471,7 @@ def test_a_process_killed_at_some_time_goes_on(tmp_path: Path, tokenizer: str, a
     script = "import sys; from shards import build, stages; stages.RUN_BYTES = 300_000; sys.exit(build.main())"
     process = subprocess.Popen([sys.executable, "-c", script, *argv], cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "out" / ".building" / "runs").exists():
-        pass
+        time.sleep(0.01)
     try:
         process.wait(after_seconds)
     except subprocess.TimeoutExpired:
