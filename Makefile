@@ -25,7 +25,7 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 	touch $@
 
 $(SHARDS)/train/manifest.json: | $(INSTALLED)
-	$(PY) shards/build.py --input $(TEXT) --out $(SHARDS) --tokenizer train:4096 --valid-fraction 0.02 --exclude site-packages dist-packages test tests
+	$(PY) shards/build.py --input $(TEXT) --out $(SHARDS) --tokenizer train:4096 --valid-fraction 0.02 --exclude site-packages dist-packages test tests '*.html'
 
 pretrain: $(INSTALLED) $(SHARDS)/train/manifest.json
 	PYTHON=$(PY) launch/local.sh launch/pretrain.py --config configs/quickstart.yaml

@@ -1,30 +1,30 @@
 """A shuffle of any size in bounded memory: documents go to buckets by their key; a bucket, sorted, becomes a shard.
 
 Which bucket a document goes to, and its place there, depend on its text and the seed alone. So the shards are the same
-whatever the order of the inputs and the number of processes.
+whatever the order of the inputs, the number of processes and the number of parts. Until then documents lie in runs:
+files that each hold some 256 MiB of tokens, bucket after bucket.
 """
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mlm_dist.manifest import DTYPES, ShardInfo
-from mlm_dist.shards import LENGTHS, Record, ShardWriter
+from mlm_dist.manifest import ShardInfo
+from mlm_dist.shards import Record, ShardWriter
+from shards.runs import Slice, load
 
-KEYS = np.dtype("<u8")
 RECORD_TOKENS = 8192
-SPILL_BYTES = 256 << 20  # kept in memory before it goes to the disk
 BYTES_PER_TOKEN = 4  # of text, roughly: for estimates alone
 MANY = 64  # shards, wherever there is text enough: as many lanes as training has
 LEAST_TOKENS = 2 * RECORD_TOKENS  # of a shard worth having
 
 
-def document_key(text: str, seed: int) -> int:
+def document_key(text: bytes, seed: bytes) -> int:
     """64 bits from the text: the document's place in the shuffle, and its side of the held-out split."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8, key=seed).digest(), "little")
 
 
 def is_held_out(keys: int | np.ndarray, fraction: float) -> bool | np.ndarray:
@@ -43,67 +43,24 @@ def bucket_count(text_bytes: float, shard_tokens: int) -> int:
     return 1 << (max(1, int(tokens / LEAST_TOKENS)).bit_length() - 1)
 
 
-class Buckets:
-    """Documents on their way to the buckets of one split: in memory until there are many, then appended to files."""
-
-    def __init__(self, folder: Path, count: int, dtype: str) -> None:
-        self.folder, self.count, self.dtype = folder, count, DTYPES[dtype]
-        self.documents = np.zeros(count, np.int64)
-        self.waiting: dict[int, list[tuple[np.uint64, np.ndarray]]] = {}
-        self.waiting_bytes = 0
-        folder.mkdir(parents=True)
-
-    def add(self, keys: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, taken: np.ndarray) -> None:
-        """Take in the documents of a batch that are `taken`, (n,) bool; the rest as in stages.Tokenized."""
-        numbers = (keys % self.count).astype(np.int64)
-        self.documents += np.bincount(numbers[taken], minlength=self.count)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        for place in np.flatnonzero(taken).tolist():
-            document = tokens[ends[place] - lengths[place] : ends[place]]
-            self.waiting.setdefault(int(numbers[place]), []).append((keys[place], document))
-            self.waiting_bytes += document.nbytes
-        if self.waiting_bytes >= SPILL_BYTES:
-            self.spill()
-
-    def spill(self) -> None:
-        """Append what is in memory to the files."""
-        for number, documents in self.waiting.items():
-            keys, texts = zip(*documents, strict=True)
-            columns = {
-                "keys": np.array(keys, KEYS),
-                "lengths": np.array([len(text) for text in texts], LENGTHS),
-                "tokens": np.concatenate(texts).astype(self.dtype),
-            }
-            for name, column in columns.items():
-                with spill_file(self.folder, number, name).open("ab") as file:
-                    file.write(column.data)
-        self.waiting.clear()
-        self.waiting_bytes = 0
+def bucket_numbers(keys: np.ndarray, held_out: np.ndarray, train: int, valid: int) -> np.ndarray:
+    """The bucket of each document, (n,) int64: `train` buckets of one split, then `valid` of the other."""
+    return np.where(held_out, train + keys % np.uint64(valid), keys % np.uint64(train)).astype(np.int64)
 
 
-def spill_file(folder: Path, number: int, column: str) -> Path:
-    """Where a bucket's keys, lengths or tokens lie until it becomes a shard."""
-    return folder / f"{number:06d}.{column}"
-
-
-def write_shard(folder: Path, bucket: int, split_dir: Path, number: int, dtype: str) -> tuple[ShardInfo, np.ndarray]:
-    """Turn a spilled bucket into shard `number` of a split and remove it; returns what `write_manifest` wants."""
-    files = {name: spill_file(folder, bucket, name) for name in ("keys", "lengths", "tokens")}
-    types = {"keys": KEYS, "lengths": LENGTHS, "tokens": DTYPES[dtype]}
-    columns = {name: np.fromfile(file, types[name]) for name, file in files.items()}
+def write_shard(slices: Sequence[Slice], split_dir: Path, number: int, dtype: str) -> tuple[ShardInfo, np.ndarray]:
+    """Turn a bucket into shard `number` of a split; returns what `write_manifest` wants."""
     with ShardWriter(split_dir, number, dtype) as writer:
-        for record in shuffled_records(**columns):
+        for record in shuffled_records(*load(slices, dtype)):
             writer.write(record)
-    for file in files.values():
-        file.unlink()
     return writer.info, writer.records
 
 
 def shuffled_records(keys: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) -> Iterator[Record]:
     """Documents in the order of their keys, in records of about 8,192 tokens: whole documents, at least one."""
-    order = np.argsort(keys, kind="stable")
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = ends - lengths
+    order = shuffled(keys, starts, ends, tokens)
     starts, ends, lengths = starts[order], ends[order], lengths[order]
     # A record takes the documents that begin within the same 8,192 tokens of the shuffled bucket.
     slots = (np.cumsum(lengths, dtype=np.int64) - lengths) // RECORD_TOKENS
@@ -111,3 +68,14 @@ def shuffled_records(keys: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) 
     for first, last in itertools.pairwise(edges):
         places = zip(starts[first:last].tolist(), ends[first:last].tolist(), strict=True)
         yield Record(np.concatenate([tokens[start:end] for start, end in places]), lengths[first:last])
+
+
+def shuffled(keys: np.ndarray, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The order of the documents, by key; of those that share one by chance, by their tokens."""
+    order = np.argsort(keys, kind="stable")
+    tied = np.concatenate([[False], np.diff(keys[order]) == 0, [False]])
+    edges = np.flatnonzero(np.diff(tied.astype(np.int8)))  # where ties begin and end, in turn
+    for first, last in edges.reshape(-1, 2).tolist():
+        among = order[first : last + 1].tolist()
+        order[first : last + 1] = sorted(among, key=lambda place: tokens[starts[place] : ends[place]].tobytes())
+    return order

@@ -2,13 +2,18 @@
 
     python shards/build.py --input TEXT... --out FOLDER --tokenizer train:32768
 
-makes FOLDER/tokenizer, FOLDER/train and FOLDER/valid. Reads .txt .md .rst .py .jsonl, each also with .gz, and folders
-of these. The shards depend on the texts, the tokenizer and the seed alone: not on the order of the inputs, nor on the
-number of processes. A build that is stopped leaves nothing that could be taken for a whole one.
+makes FOLDER/tokenizer, FOLDER/train and FOLDER/valid. Reads .txt .md .rst .py .html .jsonl, each also with .gz or
+.zst, .parquet, and folders of these. The shards depend on the texts, the tokenizer and the seed alone: not on the order
+of the inputs, nor on the number of processes or parts. A build that is stopped leaves nothing that could be taken for a
+whole one; the same command goes on from there. In parts, on several machines that share FOLDER:
+
+    python shards/build.py --input TEXT... --out FOLDER --tokenizer train:32768 --tokenizer-only
+    python shards/build.py --input TEXT... --out FOLDER --tokenizer FOLDER/tokenizer --part 1/16    # ... to 16/16
+    python shards/build.py --out FOLDER --merge
+
+For WebDataset tars of text, which it leaves where they are and writes a manifest for (--index FOLDER --help has more):
 
     python shards/build.py --index FOLDER --tokenizer PATH
-
-writes the manifest of WebDataset tars of text instead, and leaves them where they are: --index FOLDER --help has more.
 """
 
 import os
@@ -20,31 +25,28 @@ if __name__ == "__main__":  # as a script this folder comes first, and its inspe
 import argparse
 import contextlib
 import errno
-import fcntl
-import importlib.metadata
-import json
-import platform
-import re
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 from mlm_dist import vocab
-from mlm_dist.manifest import Manifest, dtype_for, sync_folder
+from mlm_dist.manifest import Manifest, dtype_for, load_manifest
 from mlm_dist.schema import ConfigError
 from mlm_dist.vocab import Vocab
-from shards import index, stages, texts
-from shards.buckets import RECORD_TOKENS, Buckets, bucket_count
-from shards.stages import Settings
-from shards.texts import Counts, Reading
+from shards import files, index, parts, stages
+from shards.buckets import RECORD_TOKENS
+from shards.files import Piece
+from shards.jobs import Job, job_of, vocabulary_size
+from shards.runs import Run, Shelf, Spill
+from shards.texts import Counts
+from shards.workplace import BUILDING, OUTPUT, PARTS, TOKENIZER, Workplace, check_free, check_ours, difference, occupied
 
 EXIT_REFUSED, EXIT_INTERRUPTED = 2, 130
-PARTS = ("tokenizer", "valid", "train")  # of the output; `train` comes into place last
-MADE = re.compile(r"(\d{6,}\.tar|records\.npy|manifest\.json|tokenizer\.json|tokenizer_config\.json)(\.tmp)?")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -52,10 +54,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", type=Path, required=True, metavar="PATH", help="files and folders of text")
+    add("--input", nargs="+", type=Path, metavar="PATH", help="files and folders of text")
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder to make")
-    add("--tokenizer", required=True, help="train:SIZE, a tokenizer.json, or a Hugging Face folder")
-    add("--text-key", default="text", help="key of the text in .jsonl lines (default: text)")
+    add("--tokenizer", help="train:SIZE, a tokenizer.json, or a Hugging Face folder")
+    add("--text-key", default="text", help="key of the text in .jsonl lines, column of a .parquet (default: text)")
     add("--valid-fraction", type=float, help="share of documents held out, by a hash of the text (default: 0.01)")
     add("--valid-input", nargs="+", type=Path, metavar="PATH", help="held-out text of its own, instead of a share")
     add("--exclude", nargs="+", default=[], metavar="GLOB", help="names or paths below the input folders to leave out")
@@ -68,7 +70,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--document-bytes", type=int, default=1 << 20, help="longer documents are cut at a line's end (default: 1 MiB)")
     add("--tokenizer-sample-mb", type=int, default=256, help="text to train a tokenizer on, in MB (default: 256)")
     add("--force", action="store_true", help="replace the shards that FOLDER holds already")
-    args = parser.parse_args(argv)
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--tokenizer-only", action="store_true", help="make FOLDER/tokenizer and stop")
+    step.add_argument("--part", metavar="I/N", help="tokenize the Ith of N parts of the input, for a later --merge")
+    step.add_argument("--merge", action="store_true", help="make the shards out of the N parts in FOLDER")
+    return checked(parser, parser.parse_args(argv))
+
+
+def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, if they can be meant together; else the parser ends the process."""
+    for name in ("input", "tokenizer"):
+        if getattr(args, name) is None and (not args.merge or args.input):
+            parser.error(f"the following arguments are required: --{name}")
     if args.valid_input and args.valid_fraction is not None:
         parser.error("give --valid-input or --valid-fraction, not both")
     args.valid_fraction = 0.0 if args.valid_input else 0.01 if args.valid_fraction is None else args.valid_fraction
@@ -89,127 +102,139 @@ class Built(NamedTuple):
     files: int
 
 
-def build(args: argparse.Namespace, folder: Path) -> Built:
-    """Make tokenizer, train and valid in `folder`. Raises ConfigError for what the user has to put right."""
-    settings = Settings(
-        workers=args.workers,
-        reading=Reading(args.text_key, args.document_bytes, args.strict),
-        seed=args.seed,
-        valid_fraction=args.valid_fraction,
-        shard_tokens=args.shard_tokens,
-        sample_bytes=args.tokenizer_sample_mb * 1_000_000,
-    )
-    train_files = texts.find(args.input, args.exclude)
-    valid_files = texts.find(args.valid_input, args.exclude) if args.valid_input else []
-    tokenizer = make_tokenizer(args.tokenizer, settings, train_files)
-    tokenizer.save(folder / "tokenizer")
+# ---- the ways to build; each raises ConfigError for what the user has to put right
 
-    size, dtype = texts.text_bytes(train_files), dtype_for(tokenizer.size)
-    valid_size = texts.text_bytes(valid_files) or size * args.valid_fraction
-    train = Buckets(folder / "spill" / "train", bucket_count(size, args.shard_tokens), dtype)
-    valid = Buckets(folder / "spill" / "valid", bucket_count(valid_size, args.shard_tokens), dtype)
-    counts = stages.fill(settings, folder / "tokenizer", train_files, train, valid, args.valid_fraction)
-    if valid_files:
-        counts.add(stages.fill(settings, folder / "tokenizer", valid_files, train, valid, 1.0))
-    if not train.documents.any():
+
+def build(args: argparse.Namespace) -> Built:
+    """Make tokenizer, train and valid in OUT."""
+    with occupied(args.out / BUILDING) as place:
+        job = job_of(args)
+        check_free(args.out, args.force, place, job.plan)
+        if not place.concluded(job.plan):
+            place.adopt(job.plan)
+            spill = tokenized(place, job, args.tokenizer, job.pieces)
+            make_splits(place, args.workers, spill.runs)
+        return finished(place, args.out)
+
+
+def build_part(args: argparse.Namespace) -> None:
+    """Tokenize one part of the inputs into OUT/.parts."""
+    part = parts.part_of(args.part)
+    if args.tokenizer.startswith("train:"):
+        raise ConfigError(
+            f"--part needs a tokenizer that all parts share: train it first with --tokenizer {args.tokenizer} "
+            f"--tokenizer-only, then give --tokenizer {args.out / 'tokenizer'}"
+        )
+    with occupied(part.folder(args.out)) as place:
+        job = job_of(args)
+        check_free(args.out, args.force, place, job.plan)
+        own = files.deal(job.pieces, part.count)[part.number - 1]
+        place.adopt(job.plan | {"part": str(part), "pieces": len(own)})
+        spill = tokenized(place, job, args.tokenizer, own)
+    documents, tokens = (sum(int(run.index[name].sum()) for run in spill.runs) for name in ("documents", "tokens"))
+    print(f"part {part}: {tokens:,} tokens, {documents:,} documents; with all parts done: --merge --out {args.out}")
+
+
+def merge(args: argparse.Namespace) -> Built:
+    """Make tokenizer, train and valid in OUT of all parts."""
+    with occupied(args.out / BUILDING) as place, contextlib.ExitStack() as locks:
+        if (args.out / PARTS).exists() or not place.concluded((place.plan or {}) | {"part": "merge"}):
+            whole = locks.enter_context(parts.whole_parts(args.out))
+            plan = whole.plan | {"part": "merge"}
+            if args.input and (changed := difference(plan, job_of(args).plan, parts.OWN)):
+                raise ConfigError(f"the parts in {args.out} differ from this command in {changed}; run them again")
+            check_free(args.out, args.force, place, plan)
+            if not place.concluded(plan):
+                place.adopt(plan)
+                if not (place.folder / "tokenizer").exists():
+                    shutil.copytree(whole.tokenizer, place.folder / "tokenizer.tmp", dirs_exist_ok=True)
+                    (place.folder / "tokenizer.tmp").rename(place.folder / "tokenizer")
+                make_splits(place, args.workers, whole.runs)
+        return finished(place, args.out)
+
+
+def build_tokenizer(args: argparse.Namespace) -> Vocab:
+    """Make OUT/tokenizer alone; if this very command has made it before, it is left as it is."""
+    with occupied(args.out / TOKENIZER) as place:
+        if (args.out / "train").exists():
+            raise ConfigError(f"{args.out} holds shards, which another tokenizer would not fit; give another --out")
+        job = job_of(args)
+        plan = job.plan | {"part": "tokenizer"}
+        if place.concluded(plan):
+            place.publish(args.out)
+            made = vocab.load(args.out / "tokenizer") if (args.out / "tokenizer").exists() else None
+            if made and made.fingerprint == place.outcome["fingerprint"]:
+                return made
+            place.clear()  # somebody has changed it
+        place.adopt(plan)
+        made = with_tokenizer(place, job, args.tokenizer)
+        place.conclude({"output": ["tokenizer"], "fingerprint": made.fingerprint})
+        place.publish(args.out)
+        return made
+
+
+# ---- their steps
+
+
+def with_tokenizer(place: Workplace, job: Job, name: str) -> Vocab:
+    """The tokenizer, saved in the workplace; trained now if it has to be and isn't there yet."""
+    folder = place.folder / "tokenizer"
+    if not folder.exists():
+        train = [piece for piece in job.pieces if not piece.held_out]
+        made = job.tokenizer or stages.train_tokenizer(job.settings, train, vocabulary_size(name))
+        made.save(folder.with_suffix(".tmp"))
+        folder.with_suffix(".tmp").rename(folder)
+    return vocab.load(folder)
+
+
+def tokenized(place: Workplace, job: Job, name: str, pieces: Sequence[Piece]) -> Spill:
+    """The pieces' documents in the workplace's runs."""
+    tokenizer = with_tokenizer(place, job, name)
+    train, valid = job.plan["buckets"]
+    spill = Spill(place.folder / "runs", train + valid, dtype_for(tokenizer.size))
+    stages.fill(job.settings, place.folder / "tokenizer", pieces, (train, valid), spill)
+    return spill
+
+
+def make_splits(place: Workplace, workers: int, runs: Sequence[Run]) -> None:
+    """The shards in the workplace, ready to be moved."""
+    plan, tokenizer = place.plan, vocab.load(place.folder / "tokenizer")
+    assert plan is not None
+    shelf, (train, valid) = Shelf(runs, dtype_for(tokenizer.size)), plan["buckets"]
+    if not shelf.documents[:train].any():
         raise ConfigError("there is nothing to train on: every document is empty or held out")
-
-    about = describe(args, counts)
-    splits = {
-        name: stages.write_split(settings, buckets, folder / name, tokenizer, about)
-        for name, buckets in (("train", train), ("valid", valid))
-        if buckets.documents.any()
-    }
-    return Built(splits, tokenizer, counts, len(train_files) + len(valid_files))
-
-
-def make_tokenizer(name: str, settings: Settings, files: Sequence[Path]) -> Vocab:
-    """Load the tokenizer that --tokenizer names, or train it."""
-    if not name.startswith("train:"):
-        return vocab.load(name)
-    size = name.removeprefix("train:")
-    if not re.fullmatch("[0-9]+", size):
-        raise ConfigError(f"--tokenizer {name}: the size of the vocabulary must be a number, as in train:32768")
-    vocab.check_size(int(size))
-    return stages.train_tokenizer(settings, files, int(size))
-
-
-def describe(args: argparse.Namespace, counts: Counts) -> dict[str, object]:
-    """What the manifests say of how they came about; no paths, which differ where the shards don't."""
-    libraries = ("mlm_dist", "webdataset", "tokenizers", "numpy")
-    return {
-        "seed": args.seed,
-        "valid_fraction": args.valid_fraction,
+    counts = Counts()
+    for run in runs:
+        counts.add(run.counts)
+    about = {
+        "seed": plan["seed"],
+        "valid_fraction": plan["valid_fraction"],
         "text_bytes": counts.text_bytes,
         "empty_documents": counts.empty,
         "replaced_bytes": counts.replaced.total(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
-    }
+        "versions": plan["versions"],
+    }  # no paths, which differ where the shards don't
+    made = ["tokenizer"]
+    for name, buckets in (("train", range(train)), ("valid", range(train, train + valid))):
+        if stages.write_split(workers, shelf, buckets, place.folder / name, tokenizer, about):
+            made.append(name)
+    place.conclude({"output": made, "counts": vars(counts), "files": plan["files"]})
 
 
-def version(library: str) -> str:
-    """The library's version, or "source" where it isn't installed but run from its folder."""
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
-
-
-# ---- the output folder
-
-
-@contextlib.contextmanager
-def workplace(out: Path, force: bool) -> Iterator[Path]:
-    """An empty folder OUT/.building, gone afterwards. Raises ConfigError where OUT is taken.
-
-    Parts without train/manifest.json are left over from a build that was stopped while it moved them to OUT.
-    """
-    if (out / "train" / "manifest.json").exists() and not force:
-        raise ConfigError(f"{out} already holds shards; give another --out, or --force to replace them")
-    if strange := [path for part in PARTS for path in strangers(out / part)]:
-        raise ConfigError(f"{strange[0]} is no part of a build, and would be lost; give another --out")
-    folder = out / ".building"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another build is writing to {out}; wait for it, or give another --out") from error
-        try:
-            for left in folder.iterdir():  # by a build that was killed
-                if left.is_dir():
-                    shutil.rmtree(left)
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def strangers(part: Path) -> list[Path]:
-    """What stands in the place of a part of the output, or in it, that no build made."""
-    if not part.is_dir():
-        return [part] if part.exists() else []
-    if not is_built(part) and (tars := sorted(part.glob("*.tar"))):
-        return tars
-    return sorted(path for path in part.iterdir() if path.is_dir() or not MADE.fullmatch(path.name))
-
-
-def is_built(split_dir: Path) -> bool:
-    """False for tars that no build wrote: without a manifest, or with one from --index."""
-    try:
-        return "content" not in json.loads((split_dir / "manifest.json").read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def publish(folder: Path, out: Path) -> None:
-    """Move the parts to OUT, and what stands there to `folder`. Without `train` no build is whole: it comes last."""
-    for part in reversed(PARTS):
-        if (out / part).exists():
-            (out / part).rename(folder / f"replaced-{part}")
-    for part in PARTS:
-        if (folder / part).exists():
-            (folder / part).rename(out / part)
-    sync_folder(out)
+def finished(place: Workplace, out: Path) -> Built:
+    """What came out, all of it in place; the workplace is empty then."""
+    outcome = place.outcome
+    assert outcome is not None
+    place.publish(out)
+    counts = Counts(**outcome["counts"])
+    counts.replaced = Counter(counts.replaced)
+    splits = {name: load_manifest(out / name) for name in reversed(OUTPUT[1:]) if name in outcome["output"]}
+    built = Built(splits, vocab.load(out / "tokenizer"), counts, outcome["files"])
+    if (place.plan or {}).get("part") == "merge" and (out / PARTS).exists():
+        (out / PARTS).rename(place.folder / "merged")
+    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    place.clear()
+    return built
 
 
 # ---- what is said
@@ -250,19 +275,29 @@ def remarks(built: Built) -> Iterator[str]:
         yield f"documents have {mean:,} tokens on average, a coarse shuffle; --document-bytes 65536 cuts them finer"
 
 
+def run(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    start = time.monotonic()
+    check_ours(args.out)
+    if args.tokenizer_only:
+        print(f"{args.out / 'tokenizer'}: {build_tokenizer(args).size:,} tokens")
+    elif args.part:
+        build_part(args)
+    else:
+        built = merge(args) if args.merge else build(args)
+        report(args.out, built, time.monotonic() - start)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Build; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if any(str(word).split("=")[0] == "--index" for word in argv):
         return index.main(argv)
     args = parse(argv)
-    start = time.monotonic()
     try:
-        with workplace(args.out, args.force) as folder:
-            built = build(args, folder)
-            publish(folder, args.out)
+        run(args)
     except KeyboardInterrupt:
-        print(f"interrupted: nothing was written to {args.out}", file=sys.stderr)
+        print(f"interrupted: no shards came into {args.out}; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -276,7 +311,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         fix = "; free some space or give an --out elsewhere" if error.errno in NO_SPACE else ""
         print(f"error: {error.strerror or error}: {error.filename or args.out}{fix}", file=sys.stderr)
         return EXIT_REFUSED
-    report(args.out, built, time.monotonic() - start)
     return 0
 
 

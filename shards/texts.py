@@ -1,46 +1,68 @@
-"""The inputs of build.py: find the files, cut them into batches of whole lines, and read documents out of a batch.
+"""The documents of build.py's inputs: cut files into batches of whole lines, and read documents out of a batch.
 
-The finding and the cutting are done by one process, quickly; a batch is parsed by whichever worker process gets it.
+The cutting is done by one process, quickly; a batch is parsed by whichever worker process gets it.
 """
 
-import fnmatch
+import contextlib
 import gzip
 import io
 import json
-import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+import zstandard
 
 from mlm_dist.schema import ConfigError
+from shards.files import HTML, JSON_LINES, PARQUET, Piece, packing, plain_suffix
+from shards.markup import html_text
 
-TEXT = (".txt", ".md", ".rst", ".py")
-JSON_LINES = ".jsonl"
-READ = f"{', '.join(TEXT)} and {JSON_LINES}, each also with .gz"
 BATCH_BYTES = 1 << 20
 LONGEST_LINE = 256 << 20  # of a .jsonl; a longer one is no line but a file of another kind
-GZIP_RATIO = 4  # what text shrinks to, roughly: for estimates alone
+LONGEST_PAGE = 64 << 20  # of an .html, which is parsed as a whole
+ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` needs
+READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of one file: one document, or whole lines of a .jsonl of which `line` is the first."""
+    """A stretch of one file: one document, whole lines of a .jsonl, or rows of a .parquet.
+
+    line: number of the first line or row, lines counted from byte `origin` of the file; lengths: bytes of each row.
+    """
 
     file: str
     line: int
     data: bytes
+    origin: int = 0
+    lengths: tuple[int, ...] = ()
+
+
+class Cursor(NamedTuple):
+    """How far the inputs have been read: pieces that are done, and chunks of the piece after them."""
+
+    piece: int
+    chunks: int
+
+
+BEGINNING = Cursor(0, 0)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one worker parses at a time. position: bytes of all inputs read so far, as they lie on the disk."""
+    """What one worker parses at a time: wholly of held-out inputs, or not at all.
+
+    position: bytes of all inputs read so far, as they lie on the disk; end: where the next batch begins.
+    """
 
     chunks: list[Chunk]
+    held_out: bool
     position: int
+    end: Cursor
 
 
 @dataclass(frozen=True)
@@ -67,88 +89,90 @@ class Counts:
         self.replaced += other.replaced
 
 
-# ---- finding
-
-
-def find(paths: Sequence[Path], exclude: Sequence[str] = ()) -> list[Path]:
-    """The files to read: those named, and those under the folders named, in order, each file once.
-
-    Hidden entries, `__pycache__` and what matches a glob of `exclude` (by name, or by path below its folder) are left
-    out; links to folders are not followed. Raises ConfigError where a path doesn't exist or nothing is found.
-    """
-    found: dict[str, Path] = {}
-    for path in paths:
-        if not path.exists():
-            raise ConfigError(f"input {path} doesn't exist")
-        if not path.is_dir() and not is_read(path):
-            raise ConfigError(f"input {path} is of a kind that isn't read: {READ}")
-        for file in walk(path, exclude) if path.is_dir() else [path]:
-            found.setdefault(os.path.realpath(file), file)
-    if not found:
-        raise ConfigError(f"no text in {', '.join(map(str, paths))}: the files read are {READ}")
-    return list(found.values())
-
-
-def walk(root: Path, exclude: Sequence[str]) -> Iterator[Path]:
-    """The files to read below a folder, sorted."""
-
-    def fail(error: OSError) -> None:
-        raise error  # which os.walk would pass over
-
-    def wanted(folder: str, name: str) -> bool:
-        below = os.path.relpath(os.path.join(folder, name), root)
-        hidden = name.startswith(".") or name == "__pycache__"
-        return not hidden and not any(fnmatch.fnmatch(part, glob) for part in (name, below) for glob in exclude)
-
-    for folder, subfolders, names in os.walk(root, onerror=fail):
-        subfolders[:] = sorted(name for name in subfolders if wanted(folder, name))
-        files = (Path(folder, name) for name in sorted(names) if wanted(folder, name))
-        yield from (file for file in files if is_read(file) and file.is_file())
-
-
-def is_read(path: Path) -> bool:
-    """True for the kinds of files that are read."""
-    return plain_suffix(path) in (*TEXT, JSON_LINES)
-
-
-def plain_suffix(path: Path) -> str:
-    """The suffix without .gz, in lower case."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def text_bytes(files: Sequence[Path]) -> int:
-    """About how many bytes of text the files hold."""
-    return sum(file.stat().st_size * (GZIP_RATIO if file.suffix.lower() == ".gz" else 1) for file in files)
-
-
 # ---- cutting
 
 
-def batches(files: Sequence[Path], longest: int) -> Iterator[Batch]:
-    """All of the files in batches of about 1 MiB; a text file of more than `longest` bytes gives several documents."""
+def batches(pieces: Sequence[Piece], reading: Reading, start: Cursor = BEGINNING) -> Iterator[Batch]:
+    """The pieces from `start` on in batches of about 1 MiB, the same ones wherever a batch before them ended."""
     chunks: list[Chunk] = []
-    size = before = 0
-    for file in files:
-        with file.open("rb") as raw:
-            for chunk in read_chunks(file, raw, longest):
+    size = 0
+    before = sum(piece.size for piece in pieces[: start.piece])
+    for number, piece in enumerate(pieces[start.piece :], start.piece):
+        if chunks and piece.held_out != pieces[number - 1].held_out:
+            yield Batch(chunks, pieces[number - 1].held_out, before, Cursor(number, 0))
+            chunks, size = [], 0
+        with piece.file.open("rb") as raw:
+            for count, chunk in enumerate(read_chunks(piece, raw, reading), 1):
+                if number == start.piece and count <= start.chunks:
+                    continue
                 chunks.append(chunk)
                 size += len(chunk.data)
                 if size >= BATCH_BYTES:
-                    yield Batch(chunks, before + raw.tell())
+                    read = min(max(raw.tell() - piece.start, 0), piece.size)
+                    yield Batch(chunks, piece.held_out, before + read, Cursor(number, count))
                     chunks, size = [], 0
-            before += raw.tell()
+        before += piece.size
     if chunks:
-        yield Batch(chunks, before)
+        yield Batch(chunks, pieces[-1].held_out, before, Cursor(len(pieces), 0))
 
 
-def read_chunks(file: Path, raw: BinaryIO, longest: int) -> Iterator[Chunk]:
-    """One file's chunks. Raises ConfigError for a damaged .gz and for a .jsonl that has no lines."""
-    packed = file.suffix.lower() == ".gz"
-    stream = io.BufferedReader(gzip.GzipFile(fileobj=raw), BATCH_BYTES) if packed else raw
+def read_chunks(piece: Piece, raw: BinaryIO, reading: Reading) -> Iterator[Chunk]:
+    """One piece's chunks. Raises ConfigError for a damaged file and for a .jsonl that has no lines."""
+    file, kind = piece.file, plain_suffix(piece.file)
+    with unpacked(file, raw) as stream:
+        if kind == PARQUET:
+            yield from row_chunks(piece, raw, reading)
+        elif kind == JSON_LINES:
+            yield from line_chunks(piece, stream)
+        elif kind in HTML:
+            yield page_chunk(file, stream)
+        else:
+            yield from text_chunks(file, stream, reading.longest)
+
+
+@contextlib.contextmanager
+def unpacked(file: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
+    """The file's bytes without its compression. Raises ConfigError where they turn out to be damaged."""
+    how = packing(file)
     try:
-        yield from line_chunks(file, stream) if plain_suffix(file) == JSON_LINES else text_chunks(file, stream, longest)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigError(f"{file} is not a whole gzip file ({error})") from error
+        if how == ".gz":
+            yield io.BufferedReader(gzip.GzipFile(fileobj=raw), BATCH_BYTES)
+        elif how == ".zst":
+            yield io.BufferedReader(ZstdFile(raw), BATCH_BYTES)
+        else:
+            yield raw
+    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise ConfigError(f"{file} is not a whole {'gzip' if how == '.gz' else 'zstd'} file ({error})") from error
+
+
+class ZstdFile(io.RawIOBase):
+    """Decompresses frame after frame; a file that ends inside one raises EOFError, where zstandard's own stops."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+        self.frame: zstandard.ZstdDecompressionObj | None = None
+        self.packed, self.ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        """As in io.RawIOBase: 0 at the end of the file."""
+        while not self.ready:
+            self.packed = self.packed or self.raw.read(READ_BYTES)
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            self.frame = self.frame or self.decompressor.decompressobj()
+            self.ready = memoryview(self.frame.decompress(self.packed))
+            self.packed = self.frame.unused_data if self.frame.eof else b""
+            self.frame = None if self.frame.eof else self.frame
+        count = min(len(buffer), len(self.ready))
+        buffer[:count] = self.ready[:count]
+        self.ready = self.ready[count:]
+        return count
 
 
 def text_chunks(file: Path, stream: BinaryIO, longest: int) -> Iterator[Chunk]:
@@ -160,21 +184,59 @@ def text_chunks(file: Path, stream: BinaryIO, longest: int) -> Iterator[Chunk]:
         buffer = buffer[end:]
 
 
-def line_chunks(file: Path, stream: BinaryIO) -> Iterator[Chunk]:
-    """A .jsonl in stretches of whole lines, about 1 MiB each."""
+def page_chunk(file: Path, stream: BinaryIO) -> Chunk:
+    """An .html as one chunk: it is cut when it is text."""
+    data = stream.read(LONGEST_PAGE + 1)
+    if len(data) > LONGEST_PAGE:
+        raise ConfigError(f"{file} is longer than {LONGEST_PAGE >> 20} MiB: is it really a page? Split or --exclude it")
+    return Chunk(str(file), 0, data)
+
+
+def line_chunks(piece: Piece, stream: BinaryIO) -> Iterator[Chunk]:
+    """A .jsonl, or the lines that begin in a piece of one, in stretches of whole lines, about 1 MiB each."""
+    file, place = piece.file, piece.start
+    if place:  # to the end of the line that the piece before this one has begun
+        stream.seek(place - 1)
+        place += len(read_line(file, stream, place - 1, 1)) - 1
+    origin, first, size = place, 1, 0
     lines: list[bytes] = []
-    first, size = 1, 0
-    while line := stream.readline(LONGEST_LINE):
-        if len(line) == LONGEST_LINE:
-            number = first + len(lines)
-            raise ConfigError(f"{file}:{number} is longer than {LONGEST_LINE >> 20} MiB: is it really JSON lines?")
+    while piece.stop is None or place < piece.stop:
+        if not (line := read_line(file, stream, origin, first + len(lines))):
+            break
         lines.append(line)
+        place += len(line)
         size += len(line)
         if size >= BATCH_BYTES:
-            yield Chunk(str(file), first, b"".join(lines))
+            yield Chunk(str(file), first, b"".join(lines), origin)
             first, lines, size = first + len(lines), [], 0
     if lines:
-        yield Chunk(str(file), first, b"".join(lines))
+        yield Chunk(str(file), first, b"".join(lines), origin)
+
+
+def read_line(file: Path, stream: BinaryIO, origin: int, number: int) -> bytes:
+    """The next line with its end, empty at the end of the file. Raises ConfigError where it doesn't end."""
+    line = stream.readline(LONGEST_LINE)
+    if len(line) == LONGEST_LINE:
+        name = where(Chunk(str(file), 0, b"", origin), number)
+        raise ConfigError(f"{name} is longer than {LONGEST_LINE >> 20} MiB: is it really JSON lines?")
+    return line
+
+
+def row_chunks(piece: Piece, raw: BinaryIO, reading: Reading) -> Iterator[Chunk]:
+    """A .parquet's texts in stretches of whole rows, about 1 MiB each."""
+    from shards.parquet import rows  # pyarrow takes a second to import, and few builds need it
+
+    texts: list[bytes] = []
+    first, size = 0, 0
+    for row, text in rows(piece.file, raw, reading.text_key, piece.start, piece.stop):
+        first = first if texts else row
+        texts.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield Chunk(str(piece.file), first, b"".join(texts), lengths=tuple(map(len, texts)))
+            texts, size = [], 0
+    if texts:
+        yield Chunk(str(piece.file), first, b"".join(texts), lengths=tuple(map(len, texts)))
 
 
 def cut(data: bytes, longest: int) -> int:
@@ -201,10 +263,15 @@ def documents(batch: Batch, reading: Reading, counts: Counts) -> Iterator[str]:
     UTF-8.
     """
     for chunk in batch.chunks:
-        if plain_suffix(Path(chunk.file)) == JSON_LINES:
+        kind = plain_suffix(Path(chunk.file))
+        if kind == JSON_LINES:
             texts = json_texts(chunk, reading, counts)
+        elif kind == PARQUET:
+            texts = row_texts(chunk, reading, counts)
+        elif kind in HTML:
+            texts = pieces_of(html_text(decoded(chunk.data, chunk, 0, reading, counts)), reading.longest)
         else:
-            texts = iter([decoded(chunk.data, chunk.file, chunk.file, reading, counts)])
+            texts = iter([decoded(chunk.data, chunk, 0, reading, counts)])
         for text in texts:
             if text.strip():
                 yield text
@@ -215,25 +282,42 @@ def documents(batch: Batch, reading: Reading, counts: Counts) -> Iterator[str]:
 def json_texts(chunk: Chunk, reading: Reading, counts: Counts) -> Iterator[str]:
     """The text of each line of a .jsonl, cut where it is too long."""
     for number, line in enumerate(chunk.data.split(b"\n"), chunk.line):
-        where = f"{chunk.file}:{number}"
-        text = decoded(line, chunk.file, where, reading, counts)
+        text = decoded(line, chunk, number, reading, counts)
         if not text.strip():
             continue
         try:
             said = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where} is not JSON ({error})") from error
+            raise ConfigError(f"{where(chunk, number)} is not JSON ({error})") from error
         if not isinstance(said, dict) or not isinstance(said.get(reading.text_key), str):
-            raise ConfigError(f"{where} has no text under {reading.text_key!r}: {what(said)}; see --text-key")
+            raise ConfigError(
+                f"{where(chunk, number)} has no text under {reading.text_key!r}: {what(said)}; see --text-key"
+            )
         text, lone = re.subn("[\ud800-\udfff]", "\ufffd", said[reading.text_key])
         if lone:
-            replaced(lone, chunk.file, where, reading, counts)
-        data = text.encode()
-        while len(data) > reading.longest:
-            end = cut(data, reading.longest)
-            yield data[:end].decode()
-            data = data[end:]
-        yield data.decode()
+            replaced(lone, chunk, number, reading, counts)
+        yield from pieces_of(text, reading.longest)
+
+
+def row_texts(chunk: Chunk, reading: Reading, counts: Counts) -> Iterator[str]:
+    """The text of each row of a .parquet, cut where it is too long."""
+    at = 0
+    for number, length in enumerate(chunk.lengths, chunk.line):
+        yield from pieces_of(decoded(chunk.data[at : at + length], chunk, number, reading, counts), reading.longest)
+        at += length
+
+
+def pieces_of(text: str, longest: int) -> Iterator[str]:
+    """A text, or several of at most `longest` bytes."""
+    if len(text) * 4 <= longest:  # whatever its characters
+        yield text
+        return
+    data = text.encode()
+    while len(data) > longest:
+        end = cut(data, longest)
+        yield data[:end].decode()
+        data = data[end:]
+    yield data.decode()
 
 
 def what(said: object) -> str:
@@ -245,19 +329,32 @@ def what(said: object) -> str:
     )
 
 
-def decoded(data: bytes, file: str, where: str, reading: Reading, counts: Counts) -> str:
+def where(chunk: Chunk, number: int) -> str:
+    """FILE:LINE of a chunk's line, FILE, row ROW, or FILE for number 0: for errors, since it may read the file."""
+    if not number or chunk.lengths:
+        return f"{chunk.file}, row {number}" if number else chunk.file
+    with open(chunk.file, "rb") as file:
+        left = chunk.origin
+        while left and (data := file.read(min(left, BATCH_BYTES))):
+            left -= len(data)
+            number += data.count(b"\n")
+    return f"{chunk.file}:{number}"
+
+
+def decoded(data: bytes, chunk: Chunk, number: int, reading: Reading, counts: Counts) -> str:
     """UTF-8 as text, without a byte order mark; what isn't UTF-8 becomes U+FFFD and is counted."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
-        replaced(len(data) - len(data.decode("utf-8", "ignore").encode()), file, where, reading, counts)
+        replaced(len(data) - len(data.decode("utf-8", "ignore").encode()), chunk, number, reading, counts)
         return data.decode("utf-8", "replace").removeprefix("\ufeff")
 
 
-def replaced(count: int, file: str, where: str, reading: Reading, counts: Counts) -> None:
+def replaced(count: int, chunk: Chunk, number: int, reading: Reading, counts: Counts) -> None:
     """Count bytes that were replaced, or refuse them."""
     if reading.strict:
         raise ConfigError(
-            f"{where} is not UTF-8; convert it, exclude it, or leave out --strict to have U+FFFD in its place"
+            f"{where(chunk, number)} is not UTF-8; convert it, exclude it, or leave out --strict to have U+FFFD in its "
+            "place"
         )
-    counts.replaced[file] += count
+    counts.replaced[chunk.file] += count

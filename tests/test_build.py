@@ -20,7 +20,8 @@ from mlm_dist import vocab
 from mlm_dist.manifest import Manifest, load_manifest
 from mlm_dist.schema import ConfigError
 from mlm_dist.shards import read_records
-from shards import buckets, build, texts
+from shards import build, stages, texts, workplace
+from shards import files as inputs
 from shards.buckets import bucket_count, is_held_out
 
 ROOT = Path(__file__).parent.parent
@@ -126,7 +127,7 @@ def test_documents_that_do_not_fit_into_memory_go_through_files(
 ) -> None:
     source = json_lines(tmp_path / "in.jsonl", prose(3000))
     assert run(tmp_path / "a", tokenizer, source) == 0
-    monkeypatch.setattr(buckets, "SPILL_BYTES", 10_000)
+    monkeypatch.setattr(stages, "RUN_BYTES", 10_000)
     assert run(tmp_path / "b", tokenizer, source) == 0
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
@@ -237,10 +238,11 @@ def test_bytes_that_are_not_text_are_replaced_and_counted(
         ("in.txt.gz", b"plain", {}, "in.txt.gz is not a whole gzip file"),
         ("in.txt", b" \n", {}, "there is nothing to train on: every document is empty or held out"),
         (
-            "in.parquet",
-            b"PAR1",
+            "in.pdf",
+            b"%PDF",
             {},
-            "in.parquet is of a kind that isn't read: .txt, .md, .rst, .py and .jsonl, each also with .gz",
+            "in.pdf is of a kind that isn't read: .txt, .md, .rst, .py, .html, .htm and .jsonl, each also with .gz or "
+            ".zst, and .parquet",
         ),
         (
             "in.txt",
@@ -273,7 +275,7 @@ def test_inputs_without_text_are_refused(tmp_path: Path, tokenizer: str, capsys:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "image.png").write_bytes(b"")
     assert run(tmp_path / "out", tokenizer, tmp_path / "in") == 2
-    assert "in: the files read are .txt, .md, .rst, .py and .jsonl, each also with .gz" in capsys.readouterr().err
+    assert "in: the files read are .txt, .md, .rst, .py, .html, .htm and .jsonl, each" in capsys.readouterr().err
     assert run(tmp_path / "out", tokenizer, tmp_path / "in", tmp_path / "gone") == 2
     assert f"input {tmp_path / 'gone'} doesn't exist" in capsys.readouterr().err
 
@@ -282,7 +284,7 @@ def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(texts, "LONGEST_LINE", 1 << 20)
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "a"}\n[' + b"1, " * (1 << 19))
     with pytest.raises(ConfigError, match=r"in\.jsonl:2 is longer than 1 MiB: is it really JSON lines\?"):
-        list(texts.batches([tmp_path / "in.jsonl"], 1 << 20))
+        list(texts.batches(inputs.pieces([tmp_path / "in.jsonl"], False), texts.Reading("text", 1 << 20, False)))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +322,7 @@ def test_a_build_that_was_stopped_while_it_moved_into_place_is_not_in_the_way(
     source = json_lines(tmp_path / "in.jsonl", prose(60))
     assert run(whole, tokenizer, source, valid_fraction=0.3) == 0
     (out / ".building").mkdir(parents=True)
-    for place, part in enumerate(build.PARTS):
+    for place, part in enumerate(workplace.OUTPUT):
         (whole / part).rename((out if place < moved else out / ".building") / part)
     with pytest.raises(ConfigError, match="doesn't exist"):
         load_manifest(out / "train")
@@ -360,9 +362,13 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, tokenizer: str, capsys: pyte
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_two_builds_do_not_share_a_folder(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_builds_do_not_share_a_folder(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = json_lines(tmp_path / "in.jsonl", prose(30))
-    with build.workplace(tmp_path / "out", force=False) as folder:
+    folder = tmp_path / "out" / ".building"
+    monkeypatch.setattr(workplace, "LOCK_SECONDS", 0.1)
+    with workplace.occupied(folder):
         (folder / "train").mkdir()
         assert run(tmp_path / "out", tokenizer, source) == 2
         assert "another build is writing to" in capsys.readouterr().err
@@ -400,7 +406,9 @@ def test_a_build_that_is_stopped_is_never_taken_for_whole(
     if sent == signal.SIGKILL:
         assert (tmp_path / "out" / ".building").exists()
     else:
-        assert said.endswith(f"interrupted: nothing was written to {tmp_path / 'out'}\n")
+        assert said.endswith(
+            f"interrupted: no shards came into {tmp_path / 'out'}; the same command goes on from here\n"
+        )
         assert list((tmp_path / "out").iterdir()) == []
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{worker}/cwd").exists() for worker in workers):
