@@ -10,10 +10,10 @@ from pathlib import Path
 import _cli
 import torch
 
-from mlm_dist import checkpoint, config, masking, schema, stream, train, vocab, world
+from mlm_dist import checkpoint, config, masking, mixture, schema, stream, train, vocab, world
 from mlm_dist.engine import StepSums, forward_sums
 from mlm_dist.evaluate import evaluate
-from mlm_dist.manifest import load_manifest
+from mlm_dist.mixture import SourceConfig
 
 
 def parse() -> argparse.Namespace:
@@ -31,20 +31,23 @@ def main() -> int:
     path = checkpoint.find(args.run, args.step)
     state = checkpoint.load_state(path)
     cfg = schema.from_mapping(config.RunConfig, state.facts["config"])
-    root = args.shards or Path(cfg.data.shards)
-    if (root / "train").exists() and not (root / "valid").exists():
-        raise schema.ConfigError(f"{root} holds no held-out documents; give others with --shards")
+    folders = {"": SourceConfig(str(args.shards))} if args.shards else cfg.data.folders()
+    sources = mixture.open_sources(folders, "valid")
+    if not sources:
+        mixture.open_sources(folders, "train")  # says what is wrong with a folder that is no shards at all
+        named = " and ".join(folder.shards for folder in folders.values())
+        raise schema.ConfigError(f"{named} holds no held-out documents; give others with --shards")
+    root = Path(folders[sources[0].name].shards)
     tokenizer = vocab.load(root / "tokenizer")
     if tokenizer.fingerprint != state.facts["tokenizer"]:
         raise schema.ConfigError(
             f"{root} was built with another tokenizer than {args.run} was trained with; build it again with that one"
         )
-    manifest = load_manifest(root / "valid")
     model = train.load_model(cfg, tokenizer, path)
     with world.join(cfg.engine.timeout_seconds) as here:
         model.to(here.device).eval()
         batches = stream.held_out_batches(
-            manifest, tokenizer, cfg.data, cfg.batch, here.rank, here.size, max_rows=cfg.evaluate.max_rows
+            sources, tokenizer, cfg.data, cfg.batch, here.rank, here.size, max_rows=cfg.evaluate.max_rows
         )
 
         @torch.no_grad()

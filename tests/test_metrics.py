@@ -22,6 +22,7 @@ def batch(maskable: list[int], tokens: int) -> Batch:
         segments=torch.ones(rows, 16, dtype=torch.int16),
         maskable=torch.tensor(maskable, dtype=torch.int32),
         row_keys=torch.arange(rows),
+        sources=torch.tensor([0, -1][:rows], dtype=torch.int16),
         cursor=None,
         tokens=tokens,
         documents=rows,

@@ -258,7 +258,7 @@ def test_shards_and_rows_stand_in_another_order_in_each_epoch(manifest):
     orders = [lanes.LaneEpoch(manifest, 2, seed, epoch, 0, 1).shards for seed, epoch in ((7, 0), (7, 1), (8, 0))]
     assert len(set(map(tuple, orders))) == 3 and all(sorted(order) == list(range(SHARDS)) for order in orders)
     reader = lanes.make_reader(manifest, VOCAB, ROW_TOKENS, "best_fit", 2)
-    rows = lanes.lane_rows(reader, SEED, 0, SHARDS, [0, 0, 0], lanes.BadShards([], 0, manifest))
+    rows = lanes.lane_rows(reader, SEED, 0, SHARDS, [0, 0, 0], lanes.BadShards({}, 0, {"": SHARDS}))
     by_window: dict[int, list] = {}
     for _, block in zip(range(60), rows, strict=False):  # some shards come to this lane more than once
         by_window.setdefault(int(block.ids[block.segments > 0].astype(int).sum()), []).append(block.ids.tolist())
@@ -447,7 +447,8 @@ def delete(shard: Path, data: bytearray) -> None:
     shard.unlink()
 
 
-DAMAGES = [truncate, flip_payload, flip_header, delete]
+REASONS = {truncate: "truncated", flip_payload: "altered", flip_header: "altered", delete: "missing"}
+DAMAGES = list(REASONS)
 
 
 def damage(manifest: Manifest, shard: int, how) -> str:
@@ -469,15 +470,15 @@ def test_a_bad_shard_ends_the_run_and_is_named(own_manifest, how, workers):
 @pytest.mark.parametrize("how", DAMAGES)
 def test_within_the_budget_a_bad_shard_is_skipped_and_reported(own_manifest, how):
     name = damage(own_manifest, 3, how)
-    delivered, seen = [], ()
+    delivered, seen = [], {}
     with open_rank(own_manifest, 0, 1, 1, lanes=1, max_bad_shards=1) as batches:
         for batch in batches:
             delivered += pieces(batch)
-            assert set(seen) <= set(batch.bad_shards)
+            assert seen.items() <= batch.bad_shards.items()
             seen = batch.bad_shards
             if batch.cursor["lanes"][0][0] == 1:
                 break
-    assert seen == (name,) and batch.cursor["bad_shards"] == [name]
+    assert seen == batch.cursor["bad_shards"] == {name: REASONS[how]}
     missing = sorted((Counter(expected_pieces(list(range(SHARDS)))) - Counter(delivered)).elements())
     assert Counter(delivered) <= Counter(expected_pieces(list(range(SHARDS))))
     if how is truncate:  # the windows before the cut were delivered
@@ -540,8 +541,8 @@ def test_bad_shards_of_all_ranks_are_in_the_merged_cursor(own_manifest):
     for rank in range(2):
         with open_rank(own_manifest, rank, 2, 2, max_bad_shards=1) as batches:
             cursors.append(next(batches).cursor)
-    assert [cursor["bad_shards"] for cursor in cursors] == [[names[0]], [names[1]]]
-    assert merge_cursors(cursors)["bad_shards"] == sorted(names)
+    assert [cursor["bad_shards"] for cursor in cursors] == [{names[0]: "missing"}, {names[1]: "missing"}]
+    assert merge_cursors(cursors)["bad_shards"] == dict.fromkeys(sorted(names), "missing")
 
 
 def test_the_budget_is_not_renewed_by_a_resume(own_manifest):

@@ -1,0 +1,215 @@
+"""Several sources of shards with weights: which of them gives the next row of a lane.
+
+Every lane of the run has a lane of its own in each source, with its own epochs: a source is read as if it were alone.
+The source of a lane's next row is a function of the rows that the lane took from each so far, in whole numbers, so that
+the order is the same everywhere and goes on from those counts. A lane begins a row later in it than the lane before,
+so that the rows of one round over the lanes are mixed as well.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from mlm_dist.lanes import MOST_LANES, BadShards, Reader, Rows, Tap, lane_rows, make_reader, resolve_lanes, source_of
+from mlm_dist.manifest import Manifest, load_manifest
+from mlm_dist.packing import hashed
+from mlm_dist.schema import ConfigError, setting
+from mlm_dist.vocab import Vocab
+
+# Rows that a lane of a mixture puts together at a time: a row then costs little, and every lane may hold so many.
+BLOCK_ROWS = 16
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    shards: str = setting(help="the folder that shards/build.py made")
+    weight: float = setting(1.0, above=0, help="the source's share of the rows, against the others' weights")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of one source. `number`: its place among the sources of the run, by name."""
+
+    manifest: Manifest
+    name: str = ""
+    weight: float = 1.0
+    number: int = 0
+
+
+Sources = tuple[Source, ...]
+
+
+def open_sources(folders: Mapping[str, SourceConfig], split: str) -> Sources:
+    """The sources that have such a split ("train" or "valid"), by name; every source must have a "train" split.
+
+    Raises ConfigError for a folder that is not whole, and where two have different tokenizers.
+    """
+    sources = tuple(
+        Source(load_manifest(Path(folder.shards) / split), name, folder.weight, number)
+        for number, (name, folder) in enumerate(sorted(folders.items()))
+        if split == "train" or (Path(folder.shards) / split).exists()
+    )
+    for other in sources[1:]:
+        one, two = sources[0].manifest, other.manifest
+        if (one.tokenizer_sha256, one.vocab_size, one.dtype) != (two.tokenizer_sha256, two.vocab_size, two.dtype):
+            raise ConfigError(
+                f"the shards in {one.path} and {two.path} were built with different tokenizers ({one.vocab_size} and "
+                f"{two.vocab_size} ids): build one of them again with `--tokenizer` and the folder of the other's"
+            )
+    return sources
+
+
+def hash_of(sources: Sources) -> str:
+    """What tells the contents of the sources from any others: of a single one its manifest's hash."""
+    if len(sources) == 1:
+        return sources[0].manifest.hash
+    return hashlib.sha256(json.dumps([[s.name, s.manifest.hash] for s in sources]).encode()).hexdigest()
+
+
+def lanes_of(sources: Sources, lanes: int | None, world_size: int) -> int:
+    """The number of lanes, bounded by the source with the fewest shards. Raises ConfigError as `resolve_lanes` does."""
+    smallest = min(sources, key=lambda source: len(source.manifest.shards))
+    return resolve_lanes(len(smallest.manifest.shards), lanes, world_size, smallest.name)
+
+
+def readers_of(sources: Sources, vocab: Vocab, seq_len: int, packing: str, window_records: int) -> tuple[Reader, ...]:
+    """A reader for each source. Raises ConfigError as `make_reader` does."""
+    return tuple(
+        make_reader(source.manifest, vocab, seq_len, packing, window_records, source.number, source.name)
+        for source in sources
+    )
+
+
+# ---- whose turn it is
+
+
+def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """The smallest whole numbers in the proportions of the weights, as these are written: 0.7, 0.3 -> 7, 3."""
+    exact = [Fraction(repr(weight)) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    return tuple(weight // math.gcd(*whole) for weight in whole)
+
+
+class Turns(Iterator[int]):
+    """The sources of a lane's rows in turn, endlessly, by the rows that were taken of each.
+
+    Of the k sources that are at least 1 / (2k - 2) rows behind their share, the one that can wait the least. After any
+    number of rows each source is then within 1 - 1 / (2k - 2) rows of its share, the best that is possible for all
+    weights (Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980).
+    """
+
+    def __init__(self, weights: Sequence[int], taken: Sequence[int]) -> None:
+        self.weights, self.total = weights, sum(weights)
+        self.periods = [math.lcm(*weights) // weight for weight in weights]  # rows between two turns, to scale
+        self.twice = 2 * len(weights) - 2
+        self.taken = list(taken)
+        self.rows = sum(taken)
+
+    def __next__(self) -> int:
+        self.rows += 1
+        chosen = earliest = None
+        for source, (weight, taken) in enumerate(zip(self.weights, self.taken, strict=True)):
+            if self.twice * (weight * self.rows - self.total * taken) >= self.total:
+                latest = (self.twice * (taken + 1) - 1) * self.periods[source]
+                if earliest is None or latest < earliest:
+                    chosen, earliest = source, latest
+        assert chosen is not None, "the shares add up to one row a turn"
+        self.taken[chosen] += 1
+        return chosen
+
+
+def turns_of(weights: Sequence[int], lane: int, taken: Sequence[int]) -> Turns:
+    """The turns of one lane that has taken so many rows of each source."""
+    turns = Turns(weights, [0] * len(weights))
+    for _ in range(lane % MOST_LANES):
+        next(turns)
+    return Turns(weights, [before + since for before, since in zip(turns.taken, taken, strict=True)])
+
+
+# ---- the rows of a lane
+
+# Where a lane stands in a source: [epoch, window, row, rows taken]. The order of one source takes no count of rows, and
+# its lanes are [epoch, window, row].
+Place = list[int]
+
+
+def places_in(lane: Sequence, sources: int) -> list[Place]:
+    """A lane of a cursor as its place in each source."""
+    if sources == 1:
+        return [[*lane, 0]]
+    assert len(lane) == sources, "the cursor is of other sources"
+    return [list(place) for place in lane]
+
+
+def cursor_lane(places: list[Place]) -> list:
+    """The same the other way round."""
+    return places[0][:3] if len(places) == 1 else places
+
+
+def first_lane(sources: int) -> list:
+    """A lane of a cursor at its beginning."""
+    return cursor_lane([[0, 0, 0, 0]] * sources)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The sources of a run, ready to read. weights: whole numbers, one for each reader."""
+
+    readers: tuple[Reader, ...]
+    weights: tuple[int, ...]
+
+    def blank_rows(self, count: int) -> Rows:
+        return self.readers[0].blank_rows(count)
+
+    def bad_shards(self, reasons: Mapping[str, str], most: int) -> BadShards:
+        """The count of shards given up, from those that are known on."""
+        return BadShards(reasons, most, {reader.name: len(reader.manifest.shards) for reader in self.readers})
+
+    def path(self, label: str) -> Path:
+        """The file of a shard, by its label."""
+        folder = next(reader.manifest.path for reader in self.readers if reader.name == source_of(label))
+        return folder / label.rpartition("/")[2]
+
+    def rows(self, seed: int, lane: int, lanes: int, places: list[Place], bad: BadShards) -> Iterator[Rows]:
+        """The rows of one lane from its place in each source on, endlessly. Raises as `lane_rows` does."""
+        blocks = [
+            lane_rows(reader, source_seed(seed, reader.source), lane, lanes, place[:3], bad)
+            for reader, place in zip(self.readers, places, strict=True)
+        ]
+        if len(blocks) == 1:
+            yield from blocks[0]
+            return
+        taps = [Tap(each) for each in blocks]
+        turns = turns_of(self.weights, lane, [place[3] for place in places])
+        while True:
+            rows = self.blank_rows(BLOCK_ROWS)
+            order = np.fromiter(itertools.islice(turns, BLOCK_ROWS), np.int64)
+            for source, tap in enumerate(taps):
+                where = np.flatnonzero(order == source)
+                if len(where):
+                    rows[where] = tap.take(len(where))
+            yield rows
+
+
+def source_seed(seed: int, source: int) -> int:
+    """The seed of a source's order: sources with equally many shards are dealt differently."""
+    return seed if source == 0 else int(hashed(seed, source)[0] >> np.uint64(1))
+
+
+def mix(sources: Sources, vocab: Vocab, seq_len: int, packing: str, window_records: int) -> Mixture:
+    """Sources that belong to the tokenizer as a Mixture. Raises ConfigError for others."""
+    readers = readers_of(sources, vocab, seq_len, packing, window_records)
+    return Mixture(readers, whole_weights([source.weight for source in sources]))
+
+
+def as_sources(shards: Manifest | Sources) -> Sources:
+    """A manifest alone is the only source."""
+    return (Source(shards),) if isinstance(shards, Manifest) else tuple(shards)
