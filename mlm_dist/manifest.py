@@ -50,7 +50,9 @@ class ShardError(RuntimeError):
     @property
     def reason(self) -> str:
         """One of REASONS."""
-        return self.args[2] if len(self.args) > 2 else "unreadable"
+        reason = self.args[2] if len(self.args) > 2 else "unreadable"
+        assert reason in REASONS, reason
+        return reason
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,14 @@ def test_sources_stand_in_the_order_of_their_names_and_have_one_hash(own_sources
 # ---- the configuration
 
 
+def test_a_source_is_a_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for address in ("pipe:touch ran", "s3://bucket/shards"):
+        with pytest.raises(ConfigError, match="are read from a local folder"):
+            open_sources({"web": SourceConfig(address)}, "train")
+    assert not list(tmp_path.iterdir())
+
+
 def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as refused:
         load(stream.DataConfig, "c.yaml", overrides)

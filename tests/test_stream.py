@@ -1,10 +1,13 @@
 """The stream: one order for any ranks and workers, every document once an epoch, exact resume, no silent loss."""
 
+import io
 import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import signal
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +32,7 @@ from mlm_dist.stream import (
     held_out_batches,
     merge_cursors,
     train_batches,
+    upgraded,
 )
 from mlm_dist.vocab import Vocab
 
@@ -417,8 +421,10 @@ def test_another_tokenizer_is_refused(manifest):
 def test_an_id_that_the_tokenizer_does_not_have_is_refused(tmp_path):
     write_split(tmp_path, [[Record(np.array([10, 60_000]), np.array([2]))]], VOCAB.size, VOCAB.fingerprint)
     with open_rank(load_manifest(tmp_path), 0, 1, 1, lanes=1) as batches:
-        with pytest.raises(ShardError, match=r"000000.tar: holds token id 60000, and the tokenizer only has 60000 ids"):
+        said = r"000000.tar: holds token id 60000, and the tokenizer only has 60000 ids"
+        with pytest.raises(ShardError, match=said) as refused:
             next(batches)
+    assert refused.value.reason == "foreign_ids"
 
 
 def test_shards_without_a_token_are_refused(tmp_path):
@@ -447,7 +453,61 @@ def delete(shard: Path, data: bytearray) -> None:
     shard.unlink()
 
 
-REASONS = {truncate: "truncated", flip_payload: "altered", flip_header: "altered", delete: "missing"}
+def empty(shard: Path, data: bytearray) -> None:
+    shard.write_bytes(b"")
+
+
+def remove_members(shard: Path, data: bytearray) -> None:
+    shard.write_bytes(bytes(10_240))  # as `tar -cf` writes it of no files
+
+
+def edit_members(shard: Path, edit) -> None:
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()]
+    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, content in edit(members):
+            tar.addfile(member, io.BytesIO(content))
+
+
+def drop_member(shard: Path, data: bytearray) -> None:
+    edit_members(shard, lambda members: members[:1] + members[2:])
+
+
+def reorder_members(shard: Path, data: bytearray) -> None:
+    edit_members(shard, lambda members: [*members[:4:2], *members[1:4:2], *members[4:]])
+
+
+def swap_records(shard: Path, data: bytearray) -> None:
+    shard.write_bytes(data[2048:4096] + data[:2048] + data[4096:])
+
+
+def plant_code(shard: Path, data: bytearray) -> None:
+    """A member that creates the file RAN where it is unpickled."""
+    member, payload = tarfile.TarInfo("00000000.pyd"), pickle.dumps(Payload(shard.parent / "RAN"))
+    member.size = len(payload)
+    edit_members(shard, lambda members: [*members[:2], (member, payload), *members[2:]])
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+REASONS = {
+    truncate: "truncated",
+    flip_payload: "altered",
+    flip_header: "altered",
+    delete: "missing",
+    empty: "empty",
+    remove_members: "empty",
+    drop_member: "malformed",
+    reorder_members: "malformed",
+    swap_records: "malformed",
+    plant_code: "foreign_member",
+}
 DAMAGES = list(REASONS)
 
 
@@ -479,6 +539,7 @@ def test_within_the_budget_a_bad_shard_is_skipped_and_reported(own_manifest, how
             if batch.cursor["lanes"][0][0] == 1:
                 break
     assert seen == batch.cursor["bad_shards"] == {name: REASONS[how]}
+    assert not (own_manifest.path / "RAN").exists()
     missing = sorted((Counter(expected_pieces(list(range(SHARDS)))) - Counter(delivered)).elements())
     assert Counter(delivered) <= Counter(expected_pieces(list(range(SHARDS))))
     if how is truncate:  # the windows before the cut were delivered
@@ -499,6 +560,18 @@ def test_the_order_with_a_bad_shard_survives_a_resume_and_any_workers(own_manife
                 assert rows_of(batch) == rows_of(expected)
                 assert batch.cursor["lanes"] == expected.cursor["lanes"]
     assert batch.bad_shards == whole[-1].bad_shards
+
+
+def test_a_cursor_that_lists_bad_shards_without_reasons_still_loads(own_manifest):
+    name = damage(own_manifest, 3, delete)
+    with open_rank(own_manifest, 0, 1, 4, max_bad_shards=1) as batches:
+        whole = list(itertools.islice(batches, 60))
+    earlier = whole[39].cursor | {"bad_shards": [name]}
+    with open_rank(own_manifest, 0, 1, 4, upgraded(earlier), max_bad_shards=1) as batches:
+        for expected, batch in zip(whole[40:], batches, strict=False):
+            assert rows_of(batch) == rows_of(expected)
+    assert batch.bad_shards == {name: "unreadable"}
+    assert upgraded(whole[39].cursor) == whole[39].cursor
 
 
 def test_a_window_that_goes_bad_between_its_rows_loses_no_other(own_manifest):
