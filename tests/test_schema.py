@@ -430,7 +430,7 @@ def test_a_mapping_of_sections_is_as_strict_as_a_section(here: Path) -> None:
         "others.x.shre=1": "others.x.shre is no setting; did you mean others.x.share?",
         "others.x.share=0": "others.x.share must be a finite number (above 0), got 0",
         "others.y.share=1": "others.y.path is missing; it must be text",
-        "others.x=": "others.x must be a section with keys among path, share, got nothing",
+        "others.y=": "others.y must be a section with keys among path, share, got nothing",
         "others.x=null": "others.x must be a section with keys among path, share, got null",
         "others=[x]": "others must be a mapping of sections or null, got a list",
         "parts=null": "parts must be a mapping of sections, got null",
