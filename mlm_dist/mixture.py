@@ -79,14 +79,6 @@ def lanes_of(sources: Sources, lanes: int | None, world_size: int) -> int:
     return resolve_lanes(len(smallest.manifest.shards), lanes, world_size, smallest.name)
 
 
-def readers_of(sources: Sources, vocab: Vocab, seq_len: int, packing: str, window_records: int) -> tuple[Reader, ...]:
-    """A reader for each source. Raises ConfigError as `make_reader` does."""
-    return tuple(
-        make_reader(source.manifest, vocab, seq_len, packing, window_records, source.number, source.name)
-        for source in sources
-    )
-
-
 # ---- whose turn it is
 
 
@@ -206,7 +198,10 @@ def source_seed(seed: int, source: int) -> int:
 
 def mix(sources: Sources, vocab: Vocab, seq_len: int, packing: str, window_records: int) -> Mixture:
     """Sources that belong to the tokenizer as a Mixture. Raises ConfigError for others."""
-    readers = readers_of(sources, vocab, seq_len, packing, window_records)
+    readers = tuple(
+        make_reader(source.manifest, vocab, seq_len, packing, window_records, source.number, source.name)
+        for source in sources
+    )
     return Mixture(readers, whole_weights([source.weight for source in sources]))
 
 
