@@ -309,7 +309,7 @@ def test_a_batch_states_its_facts(tmp_path):
     with open_rank(small, 0, 1, 4, lanes=1) as batches:
         batch = next(batches)
     assert (batch.ids.dtype, batch.segments.dtype, batch.maskable.dtype) == (torch.int32, torch.int16, torch.int32)
-    assert batch.row_keys.dtype == torch.int64
+    assert (batch.row_keys.dtype, batch.sources.dtype) == (torch.int64, torch.int16)
     assert batch.ids.shape == batch.segments.shape == (4, ROW_TOKENS)
     assert batch.tokens == int((batch.segments > 0).sum()) == 3 + 40 + 4 * 2
     assert batch.documents == 2
