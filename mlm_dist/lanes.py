@@ -23,7 +23,7 @@ MOST_LANES = 64
 # What is known of a row beside its tokens. `after`: the (epoch, window, row) that follows it in its lane; `source`: the
 # number of the source that it comes from, -1 for a row of padding.
 FACTS = np.dtype(
-    [("key", "i8"), ("maskable", "i4"), ("tokens", "i4"), ("documents", "i4"), ("source", "i2"), ("after", "i8", 3)]
+    [("key", "i8"), ("maskable", "i4"), ("tokens", "i4"), ("documents", "i4"), ("source", "i4"), ("after", "i8", 3)]
 )
 
 

@@ -281,7 +281,7 @@ def as_batch(rows: Rows, cursor: Cursor | None, bad_shards: Mapping[str, str] | 
         segments=segments,
         maskable=torch.from_numpy(rows.facts["maskable"].copy()),
         row_keys=torch.from_numpy(rows.facts["key"].copy()),
-        sources=torch.from_numpy(rows.facts["source"].copy()),
+        sources=torch.from_numpy(rows.facts["source"].astype(np.int16)),
         cursor=cursor,
         tokens=int(rows.facts["tokens"].sum()),
         documents=int(rows.facts["documents"].sum()),
