@@ -10,7 +10,8 @@ from pathlib import Path
 import _cli
 import torch
 
-from mlm_dist import checkpoint, config, masking, mixture, schema, stream, train, vocab, world
+from mlm_dist import checkpoint, config, masking, mixture, remote, schema, stream, train, vocab, world
+from mlm_dist.cache import make_cache
 from mlm_dist.engine import StepSums, forward_sums
 from mlm_dist.evaluate import evaluate
 from mlm_dist.mixture import SourceConfig
@@ -20,7 +21,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, type=Path, help="run folder")
     parser.add_argument("--step", type=int, help="checkpoint's step (default: the newest whole one)")
-    parser.add_argument("--shards", type=Path, help="shard folder whose held-out part to use (default: the run's own)")
+    parser.add_argument("--shards", help="shard folder or URL whose held-out part to use (default: the run's own)")
+    parser.add_argument("--cache-dir", help="where remote shards are kept (default: as in the run)")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -31,18 +33,18 @@ def main() -> int:
     path = checkpoint.find(args.run, args.step)
     state = checkpoint.load_state(path)
     cfg = schema.from_mapping(config.RunConfig, state.facts["config"])
-    folders = {"": SourceConfig(str(args.shards))} if args.shards else cfg.data.folders()
-    sources = mixture.open_sources(folders, "valid")
-    if not sources:
-        mixture.open_sources(folders, "train")  # says what is wrong with a folder that is no shards at all
-        named = " and ".join(folder.shards for folder in folders.values())
-        raise schema.ConfigError(f"{named} holds no held-out documents; give others with --shards")
-    root = Path(folders[sources[0].name].shards)
-    tokenizer = vocab.load(root / "tokenizer")
+    folders = {"": SourceConfig(args.shards)} if args.shards else cfg.data.folders()
+    cache = make_cache(args.cache_dir or cfg.data.cache_dir, cfg.data.cache_gb, cfg.data.fetch_seconds)
+    root = folders[min(folders)].shards
+    tokenizer = vocab.load(remote.open_tokenizer(remote.join(root, "tokenizer"), cache))
     if tokenizer.fingerprint != state.facts["tokenizer"]:
         raise schema.ConfigError(
             f"{root} was built with another tokenizer than {args.run} was trained with; build it again with that one"
         )
+    sources = mixture.open_sources(folders, "valid", cache)
+    if not sources:
+        named = " and ".join(folder.shards for folder in folders.values())
+        raise schema.ConfigError(f"{named} holds no held-out documents; give others with --shards")
     model = train.load_model(cfg, tokenizer, path)
     with world.join(cfg.engine.timeout_seconds) as here:
         model.to(here.device).eval()

@@ -6,7 +6,11 @@ Reading order is import order: a module imports only modules above it in this li
     schema       that tree -> frozen dataclasses; errors name the fix
     world        ranks, device, sums and agreed flags across ranks, stop signals
     vocab        the tokenizer: train, load, save; special ids
+    fetch        bytes from http or an object store: ranges, stalls, attempts
     manifest     what every file of a split must hold: counts, checksums, places of the records
+    samples      text in ordinary WebDataset tars: members, samples, the text of each
+    cache        a bounded folder of fetched files that a machine's processes share
+    remote       splits at a URL: their shards fetched when they are wanted, a little ahead
     shards       what is inside a shard: write, read
     packing      documents -> fixed (B, T) rows with document boundaries
     lanes        shards -> lanes -> windows: the order of the data, and its cursor

@@ -1,6 +1,8 @@
 """transformers: its masked language models behind our interface, and the encoder's weights from and to ModernBERT."""
 
 import difflib
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -23,8 +25,9 @@ from mlm_dist.vocab import Vocab, load
 if TYPE_CHECKING:
     from transformers import ModernBertConfig, PreTrainedConfig, PreTrainedModel
 
-SPARE_ROWS = 128  # by which checkpoints round a vocabulary up, at most
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "*bpe.codes", "merges.txt")
 # what a ModernBERT must say for our encoder to be the same model
 FIXED_IN_ENCODER = {
     "hidden_activation": "gelu",
@@ -35,6 +38,8 @@ FIXED_IN_ENCODER = {
     "classifier_bias": False,
     "decoder_bias": True,
 }
+# options that are not the user's to set
+DECIDED = {"vocab_size": "the tokenizer's to say", "return_dict": "needed as it is"}
 NO_PART_OF_THE_SHAPE = ("init_std", "max_positions", "max_documents")
 
 
@@ -97,9 +102,13 @@ def copy_weights(model: Encoder, source: "PreTrainedModel", folder: str) -> None
 
     Raises ConfigError where the shapes differ, with the section to write.
     """
-    theirs = encoder_config(source.config, folder)
+    theirs, ours = encoder_config(source.config, folder), model.config
     names = [field.name for field in fields(EncoderConfig) if field.name not in NO_PART_OF_THE_SHAPE]
-    wrong = [name for name in names if vars(theirs)[name] != vars(model.config)[name]]
+    if theirs.layers == ours.layers and all(theirs.is_global(i) == ours.is_global(i) for i in range(ours.layers)):
+        names.remove("global_every")  # which few layers don't show
+        if all(ours.is_global(i) for i in range(ours.layers)):
+            names = [name for name in names if name not in ("window", "rope_theta_local")]
+    wrong = [name for name in names if vars(theirs)[name] != vars(ours)[name]]
     if wrong:
         values = ", ".join(f"{name}: {vars(theirs)[name]}" for name in wrong)
         raise ConfigError(f"{folder} has another shape than model.encoder; write encoder: {{{values}}}")
@@ -200,8 +209,8 @@ def new_model(architecture: str, options: dict[str, Any], vocab_size: int, vocab
 def refuse_unknown(options: dict[str, Any], usual: "PreTrainedConfig") -> None:
     """Raise ConfigError for options that the architecture does not have, which transformers would pass over."""
     for name in options:
-        if name == "vocab_size":
-            raise ConfigError("model.options.vocab_size is the tokenizer's to say; take it out")
+        if name in DECIDED:
+            raise ConfigError(f"model.options.{name} is {DECIDED[name]}; take it out")
         if not hasattr(usual, name):
             close = difflib.get_close_matches(name, usual.to_dict(), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -223,17 +232,22 @@ def special_ids(vocab: Vocab | None) -> dict[str, int | None]:
 def read_config(folder: str, options: dict[str, Any]) -> "PreTrainedConfig":
     """A local folder's config.json, with `options` in place of what it says. Runs no code from the folder."""
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as KNOWN
 
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"model.from = {folder} is no Hugging Face folder: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        refuse_unknown(options, config)
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-    except ConfigError:
-        raise
+        changed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # whatever transformers makes of a config.json
         raise ConfigError(f"{folder}/config.json can't be used: {error}") from error
+    if config.model_type not in KNOWN:
+        raise ConfigError(f"{folder} holds a {config.model_type}, which is no masked language model of transformers")
+    refuse_unknown(options, config)
+    for name, value in options.items():
+        if vars(config).get(name) != value:
+            logger.warning("model.options: %s of %s is changed to %r", name, folder, value)
+    return changed
 
 
 def read_model(folder: str, options: dict[str, Any], vocab_size: int, vocab: Vocab | None) -> "PreTrainedModel":
@@ -244,31 +258,72 @@ def read_model(folder: str, options: dict[str, Any], vocab_size: int, vocab: Voc
     from transformers import AutoModelForMaskedLM
 
     config = read_config(folder, options)
-    if not 0 <= config.vocab_size - vocab_size < SPARE_ROWS:
-        raise ConfigError(
-            f"{folder} has a vocabulary of {config.vocab_size}, and the shards one of {vocab_size}; "
-            f"build the shards with --tokenizer {folder}"
-        )
-    has_tokenizer = any((Path(folder) / name).exists() for name in TOKENIZER_FILES)
-    if vocab is not None and has_tokenizer and load(folder).tokenizer.get_vocab() != vocab.tokenizer.get_vocab():
-        raise ConfigError(f"the shards were made with another tokenizer; build them with --tokenizer {folder}")
+    check_vocabulary(folder, config, vocab_size, vocab)
     if not any(Path(folder).glob("*.safetensors")):
         raise ConfigError(f"{folder} has no *.safetensors file, and weights in formats that can run code are not read")
+    try:
+        with torch.device("meta"):
+            shape = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever the architecture makes of its settings
+        by = f" with model.options {', '.join(sorted(options))}" if options else ""
+        raise ConfigError(f"{folder}/config.json{by} makes no masked language model: {error}") from error
     if on_meta():
-        return AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
-    model, info = AutoModelForMaskedLM.from_pretrained(
-        folder,
-        config=config,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    missing = sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]
-    if missing:
-        raise ConfigError(f"{folder} lacks weights of a masked language model, such as {missing[0]}")
+        return shape
+    try:
+        model, info = AutoModelForMaskedLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever transformers makes of a damaged file
+        raise ConfigError(f"the weights in {folder} can't be read ({error}); copy the folder again") from error
+    refuse_misfits(folder, options, model, info)
     return model
+
+
+def check_vocabulary(folder: str, config: "PreTrainedConfig", vocab_size: int, vocab: Vocab | None) -> None:
+    """Raise ConfigError where the folder's model reads by another vocabulary than the shards were made with."""
+    rebuild = f"build the shards with --tokenizer {folder}"
+    has_tokenizer = any(next(Path(folder).glob(pattern), None) for pattern in TOKENIZER_FILES)
+    sizes = f"{folder} has a vocabulary of {config.vocab_size}, and the shards one of {vocab_size}"
+    if config.vocab_size < vocab_size:
+        raise ConfigError(f"{sizes}; {rebuild}")
+    if vocab is not None and has_tokenizer and not load(folder).reads_like(vocab):
+        raise ConfigError(f"the shards were made with another tokenizer than that of {folder}; {rebuild}")
+    if not has_tokenizer and config.vocab_size != vocab_size:
+        raise ConfigError(
+            f"{sizes}, and the folder no tokenizer to compare; put the model's own there and build the shards with it"
+        )
+    if not has_tokenizer:
+        logger.warning("%s holds no tokenizer: that the shards were made with its own can't be checked", folder)
+
+
+def refuse_misfits(folder: str, options: dict[str, Any], model: "PreTrainedModel", info: dict[str, Any]) -> None:
+    """Raise ConfigError where the folder's weights are not the model's: some missing, of another shape, or left over.
+
+    info: what from_pretrained says of the loading. Left-over weights are refused where they belong to further layers;
+    those of another task's head or a pooler are no part of a masked language model.
+    """
+    changed = f"; take what changes its shape out of model.options: {', '.join(sorted(options))}" if options else ""
+    if info["missing_keys"]:
+        raise ConfigError(
+            f"{folder} lacks weights of a masked language model, such as {min(info['missing_keys'])}{changed}"
+        )
+    if info["mismatched_keys"]:
+        name, theirs, ours = min(info["mismatched_keys"])
+        raise ConfigError(f"{folder} has {name} of shape {list(theirs)}, and the model {list(ours)}{changed}")
+    kinds = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
+    further = [name for name in info["unexpected_keys"] if re.sub(r"\d+", "N", name) in kinds]
+    if further:
+        raise ConfigError(f"{folder} has more layers than the model, with {min(further)}{changed}")
+    broken = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
+    if broken:
+        raise ConfigError(f"{folder} has weights that aren't finite, in {broken[0]}; take another checkpoint of it")
 
 
 # what makes logits of the last hidden states, by transformers' model type

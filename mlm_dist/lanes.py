@@ -7,7 +7,7 @@ lane `g % lanes`, so the order does not depend on who reads it: rank `r` of `n` 
 rows with `g % n == r`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,11 @@ class LaneEpoch:
         place = np.searchsorted(self.ends, window, side="right")
         part = window - int(self.ends[place]) + self.windows[place]
         return window_of(self.shards[place], self.samples[place], part, self.windows[place])
+
+    def shard_after(self, window: int) -> int | None:
+        """The shard that comes after this window's; None where that is the epoch's last."""
+        place = int(np.searchsorted(self.ends, window, side="right")) + 1
+        return self.shards[place] if place < len(self.shards) else None
 
     def after_shard_of(self, window: int) -> int:
         """The first window of the shard that comes after this window's."""
@@ -149,6 +154,18 @@ class Tap:
         return concatenate(parts)
 
 
+def one_by_one(blocks: Iterable[Rows]) -> Iterator[tuple[np.ndarray, ...]]:
+    """The rows of all blocks, each as its (ids, segments, facts); to slice them out of Rows costs ten times as much."""
+    for block in blocks:
+        yield from zip(block.ids, block.segments, block.facts.view(np.int32).reshape(len(block), -1), strict=True)
+
+
+def stack(rows: Sequence[tuple[np.ndarray, ...]]) -> Rows:
+    """What `one_by_one` took apart, put together: at least one row."""
+    ids, segments, facts = (np.concatenate(column).reshape(len(rows), -1) for column in zip(*rows, strict=True))
+    return Rows(ids, segments, facts.view(FACTS)[:, 0])
+
+
 class BadShards:
     """The shards that were given up, each with its reason, against the number that may be.
 
@@ -198,18 +215,21 @@ class Reader:
 
         Raises ShardError where the shard is damaged, missing or holds ids that the tokenizer doesn't have.
         """
-        records = list(read_records(self.manifest, window.shard, window.first, window.count))
+        records = list(read_records(self.manifest, window.shard, window.first, window.count, self.vocab))
         tokens = np.concatenate([record.tokens for record in records])
         lengths = np.concatenate([record.lengths for record in records])
-        if len(tokens) and tokens.max() >= self.vocab.size:
+        lowest, highest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
+        if highest >= self.vocab.size:
             raise ShardError(
-                self.manifest.path / self.manifest.shards[window.shard].name,
-                f"holds token id {tokens.max()}, and the tokenizer only has {self.vocab.size} ids: they don't match",
+                self.manifest.place(self.manifest.shards[window.shard].name),
+                f"holds token id {highest}, and the tokenizer only has {self.vocab.size} ids: they don't match",
                 "foreign_ids",
             )
         packed = pack(tokens, lengths, self.seq_len, self.vocab, self.packing, key)
         facts = np.zeros(len(packed.ids), FACTS)
-        facts["maskable"] = np.count_nonzero(self.plain.take(packed.ids), axis=1)
+        # special ids in the text are rare, and mostly lie outside the range of the others: then no token is looked at
+        no_specials = self.plain[lowest : highest + 1].all()
+        facts["maskable"] = packed.text if no_specials else np.count_nonzero(self.plain.take(packed.ids), axis=1)
         facts["tokens"] = packed.tokens
         facts["documents"] = packed.documents
         facts["source"] = self.source
@@ -236,14 +256,32 @@ def make_reader(
     """A Reader for shards that belong to the tokenizer; raises ConfigError for others."""
     if (manifest.tokenizer_sha256, manifest.vocab_size) != (vocab.fingerprint, vocab.size):
         raise ConfigError(
-            f"the tokenizer does not match the shards in {manifest.path}: they were built with another "
+            f"the tokenizer does not match the shards in {manifest.place()}: they were built with another "
             f"({manifest.vocab_size} ids, this one has {vocab.size}); use the one beside them, or build them again"
         )
     if not manifest.tokens:
-        raise ConfigError(f"the shards in {manifest.path} hold no tokens; build them from text that isn't empty")
+        raise ConfigError(f"the shards in {manifest.place()} hold no tokens; build them from text that isn't empty")
     plain = np.ones(vocab.size, bool)
     plain[list(vocab.special_ids)] = False
     return Reader(manifest, vocab, seq_len, packing, window_records, plain, source, name)
+
+
+def announce(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[int]) -> None:
+    """Have the shard fetched at which a lane begins, where it is remote."""
+    if reader.manifest.source is None:
+        return
+    epoch, window, _ = place
+    order = LaneEpoch(reader.manifest, reader.window_records, seed, epoch, lane, lanes)
+    reader.manifest.ahead(order[window].shard, lanes)
+
+
+def announce_next(reader: Reader, order: LaneEpoch, window: int, seed: int, epoch: int, lane: int, lanes: int) -> None:
+    """Have the shard fetched that a lane reads after that of this window."""
+    following = order.shard_after(window)
+    if following is not None:
+        reader.manifest.ahead(following, lanes)
+    else:
+        announce(reader, seed, lane, lanes, (epoch + 1, 0, 0))
 
 
 def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[int], bad: BadShards) -> Iterator[Rows]:
@@ -257,6 +295,8 @@ def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[
         order = LaneEpoch(reader.manifest, reader.window_records, seed, epoch, lane, lanes)
         while window < len(order):
             where = order[window]
+            if where.first == 0:
+                announce_next(reader, order, window, seed, epoch, lane, lanes)
             try:
                 rows = reader.read(where, seed, epoch, where.shard, where.first)
             except ShardError as error:

@@ -1,5 +1,6 @@
 """Worker processes: each reads its share of a rank's lanes ahead of training and hands over chunks of rows."""
 
+import itertools
 import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from mlm_dist.lanes import Rows, Tap
+from mlm_dist.lanes import Rows, stack
 from mlm_dist.manifest import ShardError
 from mlm_dist.mixture import Mixture, places_in
 
@@ -39,19 +40,15 @@ class LaneChunks(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Rows, dict[str, str]] | ShardError]:
         mixture, starts = self.mixture, self.start["lanes"]
-        taps = []
+        places = {lane: places_in(starts[lane], len(mixture.readers)) for lane in self.lanes}
         for lane in self.lanes:
-            places = places_in(starts[lane], len(mixture.readers))
-            taps.append(Tap(mixture.rows(self.seed, lane, len(starts), places, self.bad)))
-        turn = 0
+            mixture.announce(self.seed, lane, len(starts), places[lane])
+        lanes = [mixture.rows(self.seed, lane, len(starts), places[lane], self.bad) for lane in self.lanes]
+        turns = itertools.cycle(lanes)
         try:
             while True:
-                chunk = mixture.blank_rows(self.chunk_rows)
-                for first in range(min(len(taps), self.chunk_rows)):
-                    where = slice(first, None, len(taps))
-                    chunk[where] = taps[(turn + first) % len(taps)].take(len(chunk[where]))
-                turn = (turn + self.chunk_rows) % len(taps)
-                yield chunk, dict(self.bad.reasons)
+                rows = [next(lane) for lane in itertools.islice(turns, self.chunk_rows)]
+                yield stack(rows), dict(self.bad.reasons)
         except ShardError as error:
             yield error  # as a value: raised here, it would reach the parent as a traceback in another error's text
 

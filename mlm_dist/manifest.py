@@ -1,7 +1,7 @@
 """The manifest of a split: what every file of it must hold, with counts and checksums.
 
-A split is a folder of shards. `records.npy` holds the place, the counts and the crc32 of every record;
-`manifest.json`, written last, holds the counts and the sha256 of every file.
+A split is a folder of shards, of tokens or of text. `records.npy` holds the place, the counts and the crc32 of every
+record; `manifest.json`, written last, holds the counts and the sha256 of every file.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from mlm_dist.schema import ConfigError
 
 FORMAT = 1
 RECORDS = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("documents", "<u4"), ("tokens", "<u8"), ("crc32", "<u4")])
+MEMBERS = ("txt", "json")  # that text is read from
+TAR_OF_TEXT = re.compile(r"(\.\./)?[^./\0][^/\0]*\.tar")  # beside the manifest, or one folder up: nowhere else
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 REBUILD = (
     "copy this file again from where the shards were built, rebuild them with shards/build.py, "
@@ -56,6 +58,14 @@ class ShardError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class TextContent:
+    """Shards of text. member: the extension that holds a sample's text; text_key: where the text is in a .json."""
+
+    member: str
+    text_key: str
+
+
+@dataclass(frozen=True)
 class ShardInfo:
     """One tar of a split. samples: its records; bytes: of the file; first_record: its first row of records.npy."""
 
@@ -66,6 +76,24 @@ class ShardInfo:
     bytes: int
     sha256: str
     first_record: int
+
+
+class Source(Protocol):
+    """Where the shards of a split come from that is not in a folder of this machine."""
+
+    address: str
+
+    def open(self, shard: ShardInfo) -> BinaryIO:
+        """The shard's file as its manifest says, fetched first where it must be. Raises ShardError."""
+
+    def ahead(self, shard: ShardInfo, lanes: int) -> None:
+        """Begin to fetch a shard that will be wanted soon; lanes: how many read at the same time."""
+
+    def roomy(self, lanes: int) -> bool:
+        """True where so many lanes can read, and have their next shards fetched, without a shard coming twice."""
+
+    def check(self, shard: ShardInfo) -> None:
+        """Compare a shard with its sha256, fetched first where it must be. Raises ShardError."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +108,25 @@ class Manifest:
     hash: str
     records: np.ndarray = field(compare=False, repr=False)  # (samples,) RECORDS, memory mapped
     about: dict[str, Any] = field(compare=False, repr=False)  # how it was built: versions, counts
+    text: TextContent | None = None  # none: the shards hold tokens
+    source: Source | None = field(default=None, compare=False, repr=False)  # none: the shards stand in `path`
 
-    def __reduce__(self) -> tuple[Callable[[Path], "Manifest"], tuple[Path]]:
-        return load_manifest, (self.path,)  # so that a worker process maps records.npy instead of copying it
+    def __reduce__(self) -> tuple[Callable[..., "Manifest"], tuple[Path, Source | None]]:
+        return load_manifest, (self.path, self.source)  # a worker process maps records.npy instead of copying it
+
+    def place(self, name: str = "") -> str:
+        """Where the user finds the split, or a file of it: a path or a URL."""
+        return beside(self.source.address, name) if self.source else str(self.path / name)
+
+    def open(self, shard: int) -> BinaryIO:
+        """A shard's file. Raises OSError or ShardError."""
+        info = self.shards[shard]
+        return self.source.open(info) if self.source else (self.path / info.name).open("rb")
+
+    def ahead(self, shard: int, lanes: int) -> None:
+        """Tell that a shard will be wanted soon, after those that the `lanes` lanes read now."""
+        if self.source:
+            self.source.ahead(self.shards[shard], lanes)
 
     @property
     def samples(self) -> int:
@@ -115,16 +159,18 @@ def write_manifest(
     vocab_size: int,
     tokenizer_sha256: str,
     about: Mapping[str, Any],
+    text: TextContent | None = None,
 ) -> Manifest:
     """Write records.npy and then manifest.json, atomically: from here on the split is whole.
 
-    written: `(info, records)` of every shard, shard 0 first; about: how it was built, kept for the reader.
+    written: `(info, records)` of every shard, shard 0 first; about: how it was built, kept for the reader; text: where
+    shards of text have it.
     """
     split_dir = Path(split_dir)
     shards = []
     first = 0
     for number, (info, rows) in enumerate(written):
-        assert info.name == f"{number:06d}.tar" and len(rows) == info.samples and (rows["shard"] == number).all()
+        assert names_shard(info.name, number, text) and len(rows) == info.samples and (rows["shard"] == number).all()
         shards.append(asdict(info) | {"first_record": first})
         first += info.samples
     records = io.BytesIO()
@@ -132,6 +178,7 @@ def write_manifest(
     replace_file(split_dir / "records.npy", records.getvalue())
     manifest = {
         "format": FORMAT,
+        **({"content": "text", **asdict(text)} if text else {}),
         "dtype": dtype_for(vocab_size),
         "vocab_size": vocab_size,
         "tokenizer_sha256": tokenizer_sha256,
@@ -168,8 +215,11 @@ def sync_folder(folder: Path) -> None:
 # ---- reading
 
 
-def load_manifest(split_dir: str | Path) -> Manifest:
-    """The manifest of a split (OUT/train, OUT/valid). Raises ConfigError for a folder that is not a whole split."""
+def load_manifest(split_dir: str | Path, source: Source | None = None) -> Manifest:
+    """The manifest of a split (OUT/train, OUT/valid); source: of its shards, where they are not beside it.
+
+    Raises ConfigError for a folder that is not a whole split.
+    """
     split_dir = Path(split_dir)
     file = split_dir / "manifest.json"
     if re.match(r"\w[\w+.-]*:", str(split_dir)) and not split_dir.exists():
@@ -180,7 +230,10 @@ def load_manifest(split_dir: str | Path) -> Manifest:
         raise ConfigError(f"{split_dir} holds several splits; give {split_dir / 'train'} or {split_dir / 'valid'}")
     if not file.exists():
         state = "is a build that did not finish: it has no manifest.json" if split_dir.is_dir() else "doesn't exist"
-        raise ConfigError(f"{split_dir} {state}; build it with `python shards/build.py --input TEXT --out FOLDER`")
+        raise ConfigError(
+            f"{split_dir} {state}; build it with `python shards/build.py --input TEXT --out FOLDER`, "
+            "or write the manifest of WebDataset tars of text with `--index FOLDER`"
+        )
     raw = file.read_bytes()
     try:
         said = json.loads(raw)
@@ -196,11 +249,36 @@ def load_manifest(split_dir: str | Path) -> Manifest:
             hash=hashlib.sha256(raw).hexdigest(),
             records=load_records(split_dir / "records.npy", said["records_sha256"]),
             about=said["about"],
+            text=text_content(said),
+            source=source,
         )
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is damaged ({error!r}); copy it again or rebuild the shards") from error
     check(manifest)
     return manifest
+
+
+def beside(address: str, name: str) -> str:
+    """The address of a split's file; `../name` stands beside the split's folder, which few servers make out."""
+    if name.startswith("../"):
+        address, name = address.rsplit("/", 1)[0], name.removeprefix("../")
+    return f"{address}/{name}".rstrip("/")
+
+
+def text_content(said: Mapping[str, Any]) -> TextContent | None:
+    """What a manifest says of shards of text; none where the shards hold tokens."""
+    if "content" not in said:
+        return None
+    if said["content"] != "text":
+        raise KeyError(said["content"])
+    return TextContent(said["member"], said["text_key"])
+
+
+def names_shard(name: Any, number: int, text: TextContent | None) -> bool:
+    """True where shard `number` may have this name: ours have their number, tars of text any that stays in place."""
+    if text is None:
+        return name == f"{number:06d}.tar"
+    return isinstance(name, str) and TAR_OF_TEXT.fullmatch(name) is not None
 
 
 def load_records(file: Path, sha256: str) -> np.ndarray:
@@ -219,10 +297,12 @@ def check(manifest: Manifest) -> None:
     """Raises ConfigError where a manifest contradicts itself or names a file outside its folder."""
     first = 0
     wrong = "" if manifest.dtype in DTYPES else f"dtype {manifest.dtype!r}"
+    if manifest.text and (manifest.text.member not in MEMBERS or not isinstance(manifest.text.text_key, str)):
+        wrong = f"text in {manifest.text}"
     for number, shard in enumerate(manifest.shards):
         rows = manifest.records[first : first + shard.samples]
         counts = (shard.first_record, len(rows), int(rows["documents"].sum()), int(rows["tokens"].sum()))
-        if shard.name != f"{number:06d}.tar":
+        if not names_shard(shard.name, number, manifest.text):
             wrong = f"shard {number} is named {shard.name!r}"
         elif counts != (first, shard.samples, shard.documents, shard.tokens) or (rows["shard"] != number).any():
             wrong = f"{shard.name} and records.npy count differently"
@@ -238,7 +318,12 @@ def verify(manifest: Manifest) -> list[str]:
     problems = []
     for shard in manifest.shards:
         path = manifest.path / shard.name
-        if not path.exists():
+        if manifest.source:
+            try:
+                manifest.source.check(shard)
+            except ShardError as error:
+                problems.append(": ".join(map(str, error.args)))
+        elif not path.exists():
             problems.append(f"{path} is missing")
         elif path.stat().st_size != shard.bytes:
             problems.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {shard.bytes:,}")

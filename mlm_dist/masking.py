@@ -5,6 +5,7 @@ operations, so a key gives the same mask on any device, in any order, eager or c
 Every shape follows from (B, T) and the rate alone, and nothing waits for the device.
 """
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +20,7 @@ from mlm_dist.vocab import Vocab
 
 IGNORED_LABEL = -100
 LONGEST_ROW = 1 << 20  # tokens: what a position may take of an int64 beside a 32-bit hash
-LONGEST_SPAN = 10  # tokens, as in SpanBERT
+LONGEST_SPAN = 10  # tokens, as in SpanBERT; longer words are cut too
 
 # ---- hash
 
@@ -98,6 +99,18 @@ def threshold(share: float) -> int:
 # ---- count
 
 
+def share(name: str, value: Any) -> float:
+    """A number between 0 and 1 as the decimal that it prints as: a float32 of 0.15 is 15/100 too.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(value, np.floating):
+        value = float(str(value))
+    if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
+    return float(value)
+
+
 @torch.compiler.assume_constant_result
 def _fraction(rate: float) -> tuple[int, int]:
     """The smallest numerator / denominator, of denominator at most LONGEST_ROW, that is not below `rate`.
@@ -121,8 +134,7 @@ def targets_of(maskable: Any, rate: float) -> Any:
     maskable: tokens that may be targets, at most 2^20: an int, an integer array or a tensor, from which an int or the
     same in int64 comes back. Raises ValueError for a rate outside [0, 1].
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"the mask rate must lie between 0 and 1, got {rate}")
+    rate = share("the mask rate", rate)
     numerator, denominator = _fraction(rate)
     if isinstance(maskable, Tensor):
         maskable = maskable.long()
@@ -157,9 +169,9 @@ def token(rows: Rows) -> Tensor:
 
 
 def whole_word(rows: Rows) -> Tensor:
-    """A token that begins a word, with those that continue it."""
+    """A token that begins a word, with those that continue it: a stretch without spaces is cut each tenth token."""
     assert rows.word_starts is not None
-    return rows.breaks | rows.word_starts[rows.ids]
+    return cut_long(rows.breaks | rows.word_starts[rows.ids])
 
 
 def span(rows: Rows) -> Tensor:
@@ -170,11 +182,16 @@ def span(rows: Rows) -> Tensor:
     each token with one chance, and after each tenth token of an uncut run, gives min(geometric, 10) for every span.
     """
     position = torch.arange(rows.ids.shape[1], device=rows.ids.device)[None]
-    begins = rows.breaks | (draw(rows.keys, SPAN, position) < rows.cut_below)
-    return begins | ((position - unit_starts(begins)) % LONGEST_SPAN == 0)
+    return cut_long(rows.breaks | (draw(rows.keys, SPAN, position) < rows.cut_below))
 
 
 POLICIES: dict[str, Callable[[Rows], Tensor]] = {"token": token, "whole_word": whole_word, "span": span}
+
+
+def cut_long(begins: Tensor) -> Tensor:
+    """Where units begin (B, T) bool -> the same, with a further one each LONGEST_SPAN tokens of a long unit."""
+    position = torch.arange(begins.shape[1], device=begins.device)
+    return begins | ((position - unit_starts(begins)) % LONGEST_SPAN == 0)
 
 
 def unit_starts(begins: Tensor) -> Tensor:
@@ -231,15 +248,16 @@ class Masker(nn.Module):
         span_mean_length: float = 3.8,
     ) -> None:
         super().__init__()
-        for name, share in {"replace_prob": mask_share, "random_token_prob": random_share}.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {share}")
+        mask_share, random_share = share("replace_prob", mask_share), share("random_token_prob", random_share)
         if policy not in POLICIES:
             raise ValueError(f"there is no policy {policy!r}; it must be one of {', '.join(POLICIES)}")
         if policy == "whole_word" and word_starts is None:
             raise ValueError("the policy whole_word needs word_starts: a bool for each id, True where it begins a word")
-        mask_id = int(mask_id)
-        ignored = {mask_id, *(int(i) for i in ignored_ids)}  # ids may come as tensors, which hash by identity
+        if word_starts is not None and word_starts.dtype != torch.bool:
+            raise ValueError(f"word_starts must be a bool for each id, got {word_starts.dtype}")
+        if word_starts is not None and len(word_starts) < (num_tokens or 0):
+            raise ValueError(f"word_starts must be a bool for each of {num_tokens} ids, got {len(word_starts)}")
+        ignored = {mask_id, *ignored_ids}
         ordinary = [i for i in range(num_tokens or 0) if i not in ignored]
         if random_share > 0 and not ordinary:
             raise ValueError("random_token_prob needs num_tokens, the vocabulary's size, with an id that isn't ignored")
@@ -247,9 +265,22 @@ class Masker(nn.Module):
         self.random_below = threshold(random_share)
         self.replaced_below = threshold(random_share + (1 - random_share) * mask_share)
         self.cut_below = threshold(span_stop(span_mean_length))
-        self.register_buffer("ignored", torch.tensor(sorted(ignored)), persistent=False)
-        self.register_buffer("ordinary", torch.tensor(ordinary, dtype=torch.int64), persistent=False)
-        self.register_buffer("word_starts", word_starts, persistent=False)
+        self.tables = {
+            "ignored": torch.tensor(sorted(ignored), device="cpu"),
+            "ordinary": torch.tensor(ordinary, dtype=torch.int64, device="cpu"),
+            "word_starts": word_starts,
+        }
+        for name, table in self.tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Masker":
+        """What .to() and .to_empty() come down to; the latter would leave the tables of a model from meta unfilled."""
+        super()._apply(fn, recurse)
+        for name, table in self.tables.items():
+            if table is not None and not self.get_buffer(name).is_meta:
+                # as a new one: .type() would have rounded the ids
+                self.register_buffer(name, table.to(self.get_buffer(name).device), persistent=False)
+        return self
 
     def forward(self, ids: Tensor, keys: Tensor, rate: float, segments: Tensor | None = None) -> Masked:
         """Mask ids (B, T), any integer type, by keys (B,) int64, `rate` of each row's maskable tokens.
@@ -339,6 +370,18 @@ def mlm_keywords(config: MaskingConfig, vocab: Vocab) -> dict[str, Any]:
         "pad_token_id": vocab.pad_id,
         "mask_ignore_token_ids": list(vocab.special_ids),
         "policy": config.policy,
-        "word_starts": torch.from_numpy(vocab.word_starts()) if config.policy == "whole_word" else None,
+        "word_starts": word_starts_of(vocab) if config.policy == "whole_word" else None,
         "span_mean_length": config.span_mean_length,
     }
+
+
+def word_starts_of(vocab: Vocab) -> Tensor:
+    """The table (V,) bool for the policy whole_word. Raises ConfigError where the tokens don't show what continues."""
+    starts = vocab.word_starts()
+    ordinary = np.delete(starts, list(vocab.special_ids))
+    if ordinary.all() or not ordinary.any():
+        raise ConfigError(
+            "masking.policy = whole_word needs a tokenizer whose tokens show where words begin (##, Ġ or ▁), and this "
+            "one's don't; set masking.policy to token or span"
+        )
+    return torch.from_numpy(starts)

@@ -7,7 +7,6 @@ so that the rows of one round over the lanes are mixed as well.
 """
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +16,24 @@ from pathlib import Path
 
 import numpy as np
 
-from mlm_dist.lanes import MOST_LANES, BadShards, Reader, Rows, Tap, lane_rows, make_reader, resolve_lanes, source_of
-from mlm_dist.manifest import Manifest, load_manifest
+from mlm_dist import remote
+from mlm_dist.cache import Cache
+from mlm_dist.lanes import (
+    MOST_LANES,
+    BadShards,
+    Reader,
+    Rows,
+    announce,
+    lane_rows,
+    make_reader,
+    one_by_one,
+    resolve_lanes,
+    source_of,
+)
+from mlm_dist.manifest import Manifest
 from mlm_dist.packing import hashed
 from mlm_dist.schema import ConfigError, setting
 from mlm_dist.vocab import Vocab
-
-# Rows that a lane of a mixture puts together at a time: a row then costs little, and every lane may hold so many.
-BLOCK_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -46,24 +55,32 @@ class Source:
 Sources = tuple[Source, ...]
 
 
-def open_sources(folders: Mapping[str, SourceConfig], split: str) -> Sources:
+def open_sources(folders: Mapping[str, SourceConfig], split: str, cache: Cache) -> Sources:
     """The sources that have such a split ("train" or "valid"), by name; every source must have a "train" split.
 
     Raises ConfigError for a folder that is not whole, and where two have different tokenizers.
     """
-    sources = tuple(
-        Source(load_manifest(Path(folder.shards) / split), name, folder.weight, number)
-        for number, (name, folder) in enumerate(sorted(folders.items()))
-        if split == "train" or (Path(folder.shards) / split).exists()
-    )
+    sources = ()
+    for number, (name, folder) in enumerate(sorted(folders.items())):
+        address = remote.join(folder.shards, split)
+        manifest = (remote.open_split if split == "train" else remote.find_split)(address, cache)
+        if manifest is not None:
+            sources += (Source(manifest, name, folder.weight, number),)
     for other in sources[1:]:
         one, two = sources[0].manifest, other.manifest
         if (one.tokenizer_sha256, one.vocab_size, one.dtype) != (two.tokenizer_sha256, two.vocab_size, two.dtype):
             raise ConfigError(
-                f"the shards in {one.path} and {two.path} were built with different tokenizers ({one.vocab_size} and "
-                f"{two.vocab_size} ids): build one of them again with `--tokenizer` and the folder of the other's"
+                f"the shards in {one.place()} and {two.place()} were built with different tokenizers ({one.vocab_size} "
+                f"and {two.vocab_size} ids): build one of them again with `--tokenizer` and the folder of the other's"
             )
     return sources
+
+
+def is_roomy(sources: Sources, lanes: int | None) -> bool:
+    """Whether the cache holds two shards of every lane and remote source."""
+    count = lanes_of(sources, lanes, 1)
+    remotes = [source.manifest.source for source in sources if source.manifest.source]
+    return all(each.roomy(count * len(remotes)) for each in remotes)
 
 
 def hash_of(sources: Sources) -> str:
@@ -165,30 +182,30 @@ class Mixture:
         """The count of shards given up, from those that are known on."""
         return BadShards(reasons, most, {reader.name: len(reader.manifest.shards) for reader in self.readers})
 
-    def path(self, label: str) -> Path:
-        """The file of a shard, by its label."""
-        folder = next(reader.manifest.path for reader in self.readers if reader.name == source_of(label))
-        return folder / label.rpartition("/")[2]
+    def path(self, label: str) -> str | Path:
+        """The place of a shard, by its label."""
+        manifest = next(reader.manifest for reader in self.readers if reader.name == source_of(label))
+        return manifest.place(label.rpartition("/")[2])
 
-    def rows(self, seed: int, lane: int, lanes: int, places: list[Place], bad: BadShards) -> Iterator[Rows]:
-        """The rows of one lane from its place in each source on, endlessly. Raises as `lane_rows` does."""
-        blocks = [
-            lane_rows(reader, source_seed(seed, reader.source), lane, lanes, place[:3], bad)
+    def announce(self, seed: int, lane: int, lanes: int, places: list[Place]) -> None:
+        """Have the shards fetched at which a lane begins, where they are remote."""
+        for reader, place in zip(self.readers, places, strict=True):
+            announce(reader, source_seed(seed, reader.source), lane, lanes, place[:3])
+
+    def rows(
+        self, seed: int, lane: int, lanes: int, places: list[Place], bad: BadShards
+    ) -> Iterator[tuple[np.ndarray, ...]]:
+        """The rows of one lane from its place in each source on, endlessly, as `one_by_one` gives them.
+
+        Raises as `lane_rows` does.
+        """
+        rows = [
+            one_by_one(lane_rows(reader, source_seed(seed, reader.source), lane, lanes, place[:3], bad))
             for reader, place in zip(self.readers, places, strict=True)
         ]
-        if len(blocks) == 1:
-            yield from blocks[0]
-            return
-        taps = [Tap(each) for each in blocks]
-        turns = turns_of(self.weights, lane, [place[3] for place in places])
-        while True:
-            rows = self.blank_rows(BLOCK_ROWS)
-            order = np.fromiter(itertools.islice(turns, BLOCK_ROWS), np.int64)
-            for source, tap in enumerate(taps):
-                where = np.flatnonzero(order == source)
-                if len(where):
-                    rows[where] = tap.take(len(where))
-            yield rows
+        if len(rows) == 1:
+            return rows[0]
+        return (next(rows[source]) for source in turns_of(self.weights, lane, [place[3] for place in places]))
 
 
 def source_seed(seed: int, source: int) -> int:

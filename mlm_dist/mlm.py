@@ -1,5 +1,6 @@
 """MLM: the masked language model objective around any transformer."""
 
+import operator
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -7,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlm_dist.masking import IGNORED_LABEL, Masked, Masker
+from mlm_dist.masking import IGNORED_LABEL, Masked, Masker, share
+
+ID_TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64)
 
 
 class SplitHead(Protocol):
@@ -18,6 +21,43 @@ class SplitHead(Protocol):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (N, d) -> logits (N, V)."""
+
+
+def has_split_head(transformer: nn.Module) -> bool:
+    """Whether it offers `SplitHead`. A wrapper that passes attributes through, as torch.compile's does, doesn't itself.
+
+    `head` may be a submodule, which isinstance with a protocol does not see from Python 3.12 on.
+    """
+    compiled = transformer._compiled_call_impl is not None  # by nn.Module.compile, in its place
+    split = hasattr(type(transformer), "hidden_states") and callable(getattr(transformer, "head", None))
+    return split and not compiled
+
+
+def logits_of(out: Any) -> Tensor:
+    """The logits that a model returned, bare or as `.logits`. Raises ValueError for anything else."""
+    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the transformer must return logits, or an object with .logits; it returned a {type(out).__name__}"
+        )
+    return logits
+
+
+def check_ids(seq: Any, segments: Any) -> None:
+    """Raise ValueError for a batch that isn't token ids (B, T), or segments of another shape."""
+    if not isinstance(seq, Tensor) or seq.ndim != 2 or seq.dtype not in ID_TYPES:
+        got = f"{seq.dtype} of shape {tuple(seq.shape)}" if isinstance(seq, Tensor) else f"a {type(seq).__name__}"
+        raise ValueError(f"seq must be a tensor of token ids of shape (B, T), got {got}")
+    if isinstance(segments, Tensor) and segments.shape != seq.shape:
+        raise ValueError(f"segments must have the shape of seq, {tuple(seq.shape)}, got {tuple(segments.shape)}")
+
+
+def whole_numbers(name: str, ids: Iterable[Any]) -> set[int]:
+    """Token ids as ints, from ints or tensors. Raises ValueError for anything else, such as None."""
+    try:
+        return {operator.index(i) for i in ids}
+    except TypeError as error:
+        raise ValueError(f"{name} must be whole numbers, got {ids!r}") from error
 
 
 class MLM(nn.Module):
@@ -36,7 +76,10 @@ class MLM(nn.Module):
     policy:                token, whole_word or span
     word_starts:           (V,) bool, True for ids that begin a word, needed by whole_word
     span_mean_length:      of policy span, in tokens, at least 1 and below 10
-    Raises ValueError for a probability outside [0, 1], an unknown policy, and what is needed and missing.
+    A transformer that can't be split, one under torch.compile among them, runs as it is and gives all logits: to have
+    both, compile the MLM. Of one that is split the two methods are called, and hooks of its own don't run: hook its
+    parts, or the MLM. Raises ValueError for a probability outside [0, 1], an id that is no whole number, an unknown
+    policy, and what is needed and missing.
     """
 
     def __init__(
@@ -55,25 +98,23 @@ class MLM(nn.Module):
         span_mean_length: float = 3.8,
     ) -> None:
         super().__init__()
-        if not 0 <= mask_prob <= 1:
-            raise ValueError(f"mask_prob must lie between 0 and 1, got {mask_prob}")
         self.transformer = transformer
-        # isinstance does not see a submodule from Python 3.12 on
-        self.split_head = hasattr(transformer, "hidden_states") and hasattr(transformer, "head")
-        self.mask_prob = mask_prob
+        self.mask_prob = share("mask_prob", mask_prob)
+        self.num_tokens = None if num_tokens is None else max(whole_numbers("num_tokens", [num_tokens]))
         self.masker = Masker(
-            mask_token_id,
-            {*mask_ignore_token_ids, pad_token_id},
+            *whole_numbers("mask_token_id", [mask_token_id]),
+            whole_numbers("mask_ignore_token_ids", mask_ignore_token_ids)
+            | whole_numbers("pad_token_id", [pad_token_id]),
             replace_prob,
             random_token_prob,
-            num_tokens,
+            self.num_tokens,
             policy,
             word_starts,
             span_mean_length,
         )
         # a transformer that is on its device already keeps working when it is wrapped
         placed = next(transformer.parameters(), None)
-        if placed is not None:
+        if placed is not None and not placed.is_meta:
             self.masker.to(placed.device)
 
     def forward(
@@ -95,10 +136,20 @@ class MLM(nn.Module):
         kwargs:   handed to the transformer. `segments` (B, T), where it takes them, is looked at too: 0 is padding,
                   and words and spans don't cross from one segment into the next.
         """
+        check_ids(seq, kwargs.get("segments"))
+        if self.masker.ignored.device != seq.device:
+            self.masker.to(seq.device)  # a transformer that was moved after it was wrapped
         if row_keys is None:
             row_keys = torch.randint(2**63 - 1, (seq.shape[0],), device=seq.device)
+        elif row_keys.shape != seq.shape[:1] or row_keys.dtype != torch.int64:
+            raise ValueError(
+                f"row_keys must be int64 of shape ({seq.shape[0]},), a key for each row; got {row_keys.dtype} of shape "
+                f"{tuple(row_keys.shape)}"
+            )
         masked = self.masker(seq, row_keys, self.mask_prob if rate is None else rate, kwargs.get("segments"))
-        logits = self.target_logits(masked, **kwargs).float()  # (B * K, V)
+        logits = self.target_logits(masked, **kwargs)  # (B * K, V)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
         labels = masked.labels.flatten()
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
         if not sums:
@@ -119,11 +170,19 @@ class MLM(nn.Module):
             return self.no_logits()
         first = torch.arange(rows, device=masked.ids.device)[:, None] * row_tokens
         index = (masked.positions + first).flatten()  # (B * K,) into (B * T,)
-        if self.split_head:
+        if has_split_head(self.transformer):
             hidden = self.transformer.hidden_states(masked.ids, **kwargs)  # (B, T, d)
             return self.transformer.head(hidden.flatten(0, 1)[index])
-        out = self.transformer(masked.ids, **kwargs)
-        logits = out if isinstance(out, Tensor) else out.logits  # (B, T, V)
+        logits = logits_of(self.transformer(masked.ids, **kwargs))  # (B, T, V)
+        if logits.shape[:-1] != masked.ids.shape:
+            raise ValueError(
+                f"the transformer must give logits (B, T, V), {tuple(masked.ids.shape)} and the vocabulary here; "
+                f"it gave {tuple(logits.shape)}"
+            )
+        if self.num_tokens is not None and logits.shape[-1] < self.num_tokens:
+            raise ValueError(
+                f"the transformer gave logits of {logits.shape[-1]} tokens, and num_tokens = {self.num_tokens}"
+            )
         return logits.flatten(0, 1)[index]
 
     def no_logits(self) -> Tensor:

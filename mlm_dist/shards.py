@@ -1,16 +1,18 @@
 """What is inside a shard: write it, read it.
 
 A shard is a WebDataset tar. A record is two members, `NNNNNNNN.bin` (the token ids of several whole documents, no
-special ids) and `NNNNNNNN.len` (their lengths, uint32).
+special ids) and `NNNNNNNN.len` (their lengths, uint32). Tars of text hold what their owner put there (`samples`);
+`read_records` gives the records of both.
 """
 
 import io
+import itertools
 import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -21,10 +23,16 @@ import webdataset as wds
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mlm_dist.manifest import DTYPES, RECORDS, Manifest, ShardError, ShardInfo, dtype_for, sha256_of, write_manifest
+from mlm_dist.samples import BLOCK, blocks, read_documents
+from mlm_dist.vocab import Vocab
 
 LENGTHS = np.dtype("<u4")
-BLOCK = 512  # a tar member is a header of one block, then its bytes in whole blocks
 READ_AHEAD = 16  # records fetched from the file at once
+
+# A member's header, but for its name, size and checksum: mode 0644, no owners, no time, a regular file.
+OWNERS, MTIME = b"0000644\0" + 2 * b"0000000\0", b"00000000000\0"
+REST = (b"0" + bytes(100) + b"ustar\0" + b"00").ljust(BLOCK - 156, b"\0")
+CONSTANT_SUM = sum(OWNERS + MTIME + REST) + 8 * ord(" ")  # the checksum's own field counts as spaces
 
 
 class Record(NamedTuple):
@@ -116,28 +124,32 @@ def record_key(index: int) -> str:
     return f"{index:08d}"
 
 
-def blocks(size: int) -> int:
-    """`size` bytes rounded up to whole tar blocks."""
-    return -(-size // BLOCK) * BLOCK
-
-
 # ---- reading
 
 
-def read_records(manifest: Manifest, shard: int, first: int = 0, count: int | None = None) -> Iterator[Record]:
+def read_records(
+    manifest: Manifest, shard: int, first: int = 0, count: int | None = None, vocab: Vocab | None = None
+) -> Iterator[Record]:
     """The records `first` ... `first + count - 1` of a shard, in order, without reading what comes before them.
 
-    webdataset reads the tar from the first record's offset; every record's key, members, counts and crc32 are checked.
-    The arrays are read-only views. Raises ShardError at the first thing that is not as the manifest says.
+    Every record's key, members, counts and crc32 are checked. The arrays are read-only views. Shards of text are
+    tokenized here, with `vocab`, which must be that of the manifest.
+    Raises ShardError at the first thing that is not as the manifest says.
     """
     info = manifest.shards[shard]
     count = info.samples - first if count is None else count
     assert 0 <= first and 0 <= count and first + count <= info.samples
-    path = manifest.path / info.name
+    path = manifest.place(info.name)
     rows = manifest.records[info.first_record : info.first_record + info.samples]
     dtype = DTYPES[manifest.dtype]
     try:
-        with path.open("rb") as file:
+        with manifest.open(shard) as file:
+            if manifest.text:
+                assert vocab is not None and vocab.fingerprint == manifest.tokenizer_sha256
+                for found in read_documents(path, file, rows, first, count, info.bytes, manifest.text, vocab):
+                    lengths = np.array([len(ids) for ids in found], LENGTHS)
+                    yield Record(np.fromiter(itertools.chain.from_iterable(found), dtype, int(lengths.sum())), lengths)
+                return
             for start in range(first, first + count, READ_AHEAD):
                 stop = min(start + READ_AHEAD, first + count)
                 data = read_range(path, file, rows, start, stop, dtype)
@@ -147,7 +159,7 @@ def read_records(manifest: Manifest, shard: int, first: int = 0, count: int | No
         raise ShardError(path, f"can't be read ({error.strerror or error})", reason) from error
 
 
-def read_range(path: Path, file: io.BufferedReader, rows: np.ndarray, start: int, stop: int, dtype: np.dtype) -> bytes:
+def read_range(path: str, file: BinaryIO, rows: np.ndarray, start: int, stop: int, dtype: np.dtype) -> bytes:
     """The bytes of the tar that hold the records `start` ... `stop - 1`."""
     last = rows[stop - 1]
     begin = int(rows[start]["offset"])
@@ -162,9 +174,48 @@ def read_range(path: Path, file: io.BufferedReader, rows: np.ndarray, start: int
     return data
 
 
-def decode(path: Path, data: bytes, rows: np.ndarray, start: int, dtype: np.dtype) -> Iterator[Record]:
-    """The records in a stretch of tar; `rows` say what they must be, `start` is the number of the first."""
-    source = [{"url": str(path), "stream": io.BytesIO(data)}]
+def decode(path: str, data: bytes, rows: np.ndarray, start: int, dtype: np.dtype) -> Iterator[Record]:
+    """The records in a stretch of tar; `rows` say what they must be, `start` is the number of the first.
+
+    Headers that are to the byte those that ShardWriter writes need no parsing. Whatever differs, be it damage or a tar
+    from another writer, webdataset reads.
+    """
+    records = decode_as_written(data, rows, start, dtype)
+    return iter(records) if records is not None else decode_any(path, data, rows, start, dtype)
+
+
+def decode_as_written(data: bytes, rows: np.ndarray, start: int, dtype: np.dtype) -> list[Record] | None:
+    """The records in a stretch of tar, or None unless all are there, written by ShardWriter and undamaged."""
+    records = []
+    at = 0
+    for index, (_, _, documents, tokens, crc) in enumerate(rows.tolist(), start):
+        sizes = tokens * dtype.itemsize, documents * LENGTHS.itemsize
+        first, second = at + BLOCK, at + 2 * BLOCK + blocks(sizes[0])
+        key = record_key(index).encode()
+        named = data.startswith(header(key + b".bin", sizes[0]), at)
+        if not named or not data.startswith(header(key + b".len", sizes[1]), second - BLOCK):
+            return None
+        at = second + blocks(sizes[1])
+        if at > len(data):
+            return None
+        ids = np.frombuffer(data, dtype, tokens, first)
+        lengths = np.frombuffer(data, LENGTHS, documents, second)
+        if zlib.crc32(lengths, zlib.crc32(ids)) != crc or np.add.reduce(lengths, dtype=np.int64) != tokens:
+            return None
+        records.append(Record(ids, lengths))
+    return records
+
+
+def header(name: bytes, size: int) -> bytes:
+    """The tar header that ShardWriter gives a member (the ustar format of POSIX.1-1988)."""
+    octal = b"%011o\0" % size
+    checksum = b"%06o\0 " % (CONSTANT_SUM + sum(name) + sum(octal))
+    return b"".join((name.ljust(100, b"\0"), OWNERS, octal, MTIME, checksum, REST))
+
+
+def decode_any(path: str, data: bytes, rows: np.ndarray, start: int, dtype: np.dtype) -> Iterator[Record]:
+    """The records in a stretch of tar, read by webdataset; raises ShardError at the first that is not as `rows` say."""
+    source = [{"url": path, "stream": io.BytesIO(data)}]
     samples = group_by_keys(tar_file_expander(source), lcase=False)
     for index, (_, _, documents, tokens, crc) in enumerate(rows.tolist(), start):
         try:

@@ -40,7 +40,9 @@ Cursor = dict[str, Any]
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str | None = setting(None, help="the folder that shards/build.py made")
+    shards: str | None = setting(
+        None, help="the folder that shards/build.py made, or its URL: https, http, s3, gs, ..."
+    )
     sources: dict[str, SourceConfig] | None = field(
         default=None, metadata={"help": "or several folders with weights, by names of your own"}
     )
@@ -51,6 +53,11 @@ class DataConfig:
     window_records: int = setting(64, low=1, help="records (of about 8k tokens) that are shuffled and packed together")
     workers: int = setting(1, low=0, help="loader processes a rank; 0: read in the training process")
     max_bad_shards: int = setting(0, low=0, help="damaged or missing shards to skip before the run ends")
+    cache_dir: str | None = setting(
+        None, help="where remote shards are kept, on a disk of each machine; none: mlm_dist in the user's cache folder"
+    )
+    cache_gb: float = setting(50.0, above=0, help="most that the shards there take, in 10^9 bytes")
+    fetch_seconds: float = setting(600.0, above=0, help="how long a remote file is tried before it counts as missing")
 
     def __post_init__(self) -> None:
         if bool(self.shards) == bool(self.sources):

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from mlm_dist import checkpoint, config, masking, mixture, models, optim, schema, stream, vocab, world
+from mlm_dist import checkpoint, config, masking, mixture, models, optim, remote, schema, stream, vocab, world
+from mlm_dist.cache import make_cache
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
 from mlm_dist.engine import Engine, resolve_precision
@@ -224,6 +225,9 @@ def save(run: Run) -> None:
 def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
     """Build the run on this rank, at its newest whole checkpoint where there is one."""
     sources, valid, tokenizer = open_data(cfg, here.size)
+    folders = " and ".join(folder.shards for folder in cfg.data.folders().values())
+    if len(set(here.gather(mixture.hash_of(sources)))) > 1:
+        raise ConfigError(f"the ranks found different manifests at {folders}; start again when it is settled")
     facts = {
         "manifest": mixture.hash_of(sources),
         "tokenizer": tokenizer.fingerprint,
@@ -248,8 +252,12 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     tracker.start(state.step)
     if not valid:
-        folders = " and ".join(folder.shards for folder in cfg.data.folders().values())
         tracker.say(f"{folders} holds no held-out documents: nothing is evaluated")
+    if not mixture.is_roomy(sources, cfg.data.lanes):
+        tracker.say(
+            f"data.cache_gb = {cfg.data.cache_gb:g} doesn't hold two shards of every lane: they are not fetched ahead, "
+            "and perhaps more than once an epoch"
+        )
     batches = stack.enter_context(
         stream.train_batches(sources, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
     )
@@ -261,10 +269,12 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
 def open_data(cfg: RunConfig, world_size: int) -> tuple[Sources, Sources, Vocab]:
     """Training sources, those with held-out shards, and their tokenizer. Raises ConfigError for a misfit."""
     folders = cfg.data.folders()
-    sources = mixture.open_sources(folders, "train")
-    tokenizer = vocab.load(Path(folders[sources[0].name].shards) / "tokenizer")
+    cache = make_cache(cfg.data.cache_dir, cfg.data.cache_gb, cfg.data.fetch_seconds)
+    sources = mixture.open_sources(folders, "train", cache)
+    root = folders[sources[0].name].shards
+    tokenizer = vocab.load(remote.open_tokenizer(remote.join(root, "tokenizer"), cache))
     stream.check(sources, tokenizer, cfg.data, cfg.batch, world_size)
-    valid = mixture.open_sources(folders, "valid")
+    valid = mixture.open_sources(folders, "valid", cache)
     if valid:
         stream.check_held_out(valid, tokenizer, cfg.data, cfg.batch)
     return sources, valid, tokenizer

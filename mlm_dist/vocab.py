@@ -1,7 +1,9 @@
 """The tokenizer, and the ids that the rest of the system needs to know: train, load, save for Hugging Face."""
 
+import functools
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,6 +58,12 @@ class Vocab:
         canonical = {"tokenizer": json.loads(self.tokenizer.to_str()), "roles": self.roles()}
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
+    def reads_like(self, other: "Vocab") -> bool:
+        """Whether both make the same ids of any text and give them the same roles; how ids become text may differ."""
+        ours, theirs = (json.loads(vocab.tokenizer.to_str()) for vocab in (self, other))
+        parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+        return self.roles() == other.roles() and all(ours[part] == theirs[part] for part in parts)
+
     def roles(self) -> dict[str, str]:
         """The token of each role, as `{"mask": "[MASK]", ...}`."""
         ids = {"pad": self.pad_id, "unk": self.unk_id, "cls": self.cls_id, "sep": self.sep_id, "mask": self.mask_id}
@@ -78,15 +86,17 @@ class Vocab:
         """Bool (V,): True where a token begins a word; the tokens up to the next True belong to the same word.
 
         WordPiece marks what continues a word ("##"); byte-level BPE ("Ġ") and SentencePiece ("▁") mark the space
-        before it. In those two, other ASCII white space and punctuation begin a word as well, apostrophes apart.
+        before it. In those two, other white space and punctuation begin a word as well, apostrophes apart, and so does
+        each Chinese or Japanese character, as BERT has it. All True where the tokens don't show it.
         """
-        spec = json.loads(self.tokenizer.to_str())
+        model = json.loads(self.tokenizer.to_str())["model"]
         tokens = [self.tokenizer.id_to_token(i) or "" for i in range(self.size)]
-        if spec["model"]["type"] == "WordPiece":
-            prefix = spec["model"]["continuing_subword_prefix"]
+        if prefix := model.get("continuing_subword_prefix"):
             starts = [not token.startswith(prefix) for token in tokens]
-        elif any(token.startswith(("Ġ", "▁")) for token in tokens):
-            starts = [begins_word(token) for token in tokens]
+        elif any(token.startswith("Ġ") for token in tokens):
+            starts = [begins_word(as_text(token)) for token in tokens]
+        elif any(token.startswith("▁") for token in tokens):
+            starts = [begins_word(token.replace("▁", " ")) for token in tokens]
         else:
             starts = [True] * self.size
         mask = np.array(starts, dtype=bool)  # (V,)
@@ -94,11 +104,30 @@ class Vocab:
         return mask
 
 
-def begins_word(token: str) -> bool:
-    """True where a token's first character can't stand inside a word: a marked space, white space or punctuation."""
-    # ByteLevel writes the bytes 0 to 32 as the characters from U+0100 on: "Ċ" is the newline, "Ġ" the space.
-    first = token[:1]
-    return first == "▁" or "Ā" <= first <= "Ġ" or (first.isascii() and not first.isalnum() and first not in ("'", ""))
+def as_text(token: str) -> str:
+    """What a token of byte-level BPE stands for; bytes that make no whole character are left out."""
+    codes = {char: byte for byte, char in byte_characters().items()}
+    return bytes(codes[char] for char in token if char in codes).decode("utf-8", "ignore")
+
+
+@functools.cache
+def byte_characters() -> dict[int, str]:
+    """The character that byte-level BPE writes for each byte: itself where it's printable, else one from U+0100 on.
+
+    After GPT-2's encoder (Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+
+
+def begins_word(text: str) -> bool:
+    """True where the first character can't stand inside a word: white space, punctuation, or a word of its own."""
+    first = text[:1]
+    if not first or first == "'":
+        return False
+    alone = unicodedata.name(first, "").startswith(("CJK UNIFIED", "CJK COMPAT", "HIRAGANA", "KATAKANA"))
+    return alone or first.isspace() or unicodedata.category(first)[0] in "PSZC"
 
 
 def check_size(size: int) -> None:

@@ -5,6 +5,10 @@
 makes FOLDER/tokenizer, FOLDER/train and FOLDER/valid. Reads .txt .md .rst .py .jsonl, each also with .gz, and folders
 of these. The shards depend on the texts, the tokenizer and the seed alone: not on the order of the inputs, nor on the
 number of processes. A build that is stopped leaves nothing that could be taken for a whole one.
+
+    python shards/build.py --index FOLDER --tokenizer PATH
+
+writes the manifest of WebDataset tars of text instead, and leaves them where they are: --index FOLDER --help has more.
 """
 
 import os
@@ -18,6 +22,7 @@ import contextlib
 import errno
 import fcntl
 import importlib.metadata
+import json
 import platform
 import re
 import shutil
@@ -32,7 +37,7 @@ from mlm_dist import vocab
 from mlm_dist.manifest import Manifest, dtype_for, sync_folder
 from mlm_dist.schema import ConfigError
 from mlm_dist.vocab import Vocab
-from shards import stages, texts
+from shards import index, stages, texts
 from shards.buckets import RECORD_TOKENS, Buckets, bucket_count
 from shards.stages import Settings
 from shards.texts import Counts, Reading
@@ -183,7 +188,17 @@ def strangers(part: Path) -> list[Path]:
     """What stands in the place of a part of the output, or in it, that no build made."""
     if not part.is_dir():
         return [part] if part.exists() else []
+    if not is_built(part) and (tars := sorted(part.glob("*.tar"))):
+        return tars
     return sorted(path for path in part.iterdir() if path.is_dir() or not MADE.fullmatch(path.name))
+
+
+def is_built(split_dir: Path) -> bool:
+    """False for tars that no build wrote: without a manifest, or with one from --index."""
+    try:
+        return "content" not in json.loads((split_dir / "manifest.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def publish(folder: Path, out: Path) -> None:
@@ -237,6 +252,9 @@ def remarks(built: Built) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(str(word).split("=")[0] == "--index" for word in argv):
+        return index.main(argv)
     args = parse(argv)
     start = time.monotonic()
     try:

@@ -2,12 +2,14 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from mlm_dist import masking, vocab
 from mlm_dist.masking import IGNORED_LABEL, LONGEST_SPAN, POLICIES, Masked, Masker, MaskingConfig
@@ -396,3 +398,22 @@ def test_nothing_but_random_tokens_can_be_asked_for() -> None:
 def test_what_cannot_be_is_refused(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Masker(MASK, {0, 1, 2, 3}, **arguments)
+
+
+def test_a_stretch_without_spaces_is_no_single_word() -> None:
+    """Every position can be a target, in units of at most ten tokens."""
+    ids = torch.full((1, 64), 9)
+    one_word = Masker(MASK, SPECIALS, 1.0, policy="whole_word", word_starts=torch.zeros(SIZE, dtype=torch.bool))
+    met: set[int] = set()
+    for step in range(100):
+        keys = masking.row_keys_by_rank(0, 0, step, 0, 1, "cpu")
+        met.update(one_word(ids, keys, 0.15).positions.flatten().tolist())
+    assert met == set(range(64))
+
+
+def test_whole_words_need_tokens_that_show_them(tmp_path: Path) -> None:
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="needs a tokenizer whose tokens show where words begin"):
+        masking.mlm_keywords(MaskingConfig(policy="whole_word"), vocab.load(tmp_path))

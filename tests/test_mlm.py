@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import nn
 from mlm_dist import masking
 from mlm_dist.encoder import Encoder, EncoderConfig
 from mlm_dist.masking import POLICIES
-from mlm_dist.mlm import MLM
+from mlm_dist.mlm import MLM, has_split_head
 
 SIZE, PAD, CLS, UNK, SEP, MASK = 64, 0, 1, 2, 3, 4
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -267,6 +268,14 @@ def test_a_state_dict_holds_the_transformer_and_nothing_else() -> None:
         ({"replace_prob": -1.0}, "replace_prob must lie between 0 and 1"),
         ({"random_token_prob": 0.1}, "needs num_tokens"),
         ({"policy": "sentence"}, "token, whole_word, span"),
+        ({"pad_token_id": None}, "pad_token_id must be whole numbers"),
+        ({"mask_token_id": 2.0}, "mask_token_id must be whole numbers"),
+        ({"mask_ignore_token_ids": ["[CLS]"]}, "mask_ignore_token_ids must be whole numbers"),
+        ({"policy": "whole_word", "word_starts": torch.ones(SIZE, dtype=torch.int64)}, "word_starts must be a bool"),
+        ({"word_starts": torch.ones(9, dtype=torch.bool), "num_tokens": SIZE}, "for each of 64 ids, got 9"),
+        ({"mask_prob": "0.15"}, "mask_prob must lie between 0 and 1"),
+        ({"mask_prob": torch.tensor(0.15)}, "mask_prob must lie between 0 and 1"),
+        ({"num_tokens": 64.0}, "num_tokens must be whole numbers"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: dict, words: str) -> None:
@@ -291,9 +300,9 @@ def test_the_head_runs_on_the_targets_alone_with_the_same_result(rate: float) ->
 
 def test_our_encoders_split_head_equals_its_full_logits() -> None:
     mlm, seq = wrap(encoder), token_ids()
-    assert mlm.split_head
+    assert has_split_head(mlm.transformer)
     split = mlm(seq, row_keys=keys())
-    mlm.split_head = False
+    mlm.transformer = nn.Sequential(mlm.transformer)
     torch.testing.assert_close(split, mlm(seq, row_keys=keys()), atol=1e-6, rtol=0)
 
 
@@ -360,6 +369,140 @@ def test_ignored_ids_may_come_in_any_form(kind: Callable) -> None:
     assert torch.equal(masked.ids == 7, ids == 7)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_tables_are_where_the_wrapped_transformer_is() -> None:
-    mlm = MLM(nn.Embedding(20, 20).to("meta"), 0.5)
-    assert mlm.masker.ignored.device.type == "meta"
+    mlm = MLM(nn.Embedding(20, 20).cuda(), 0.5)
+    assert mlm.masker.ignored.device.type == "cuda"
+
+
+# ---- what is refused at a call, and wrappers around the transformer
+
+
+class Returns(nn.Module):
+    """Gives what it was told to, whatever the ids."""
+
+    def __init__(self, out: object) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, ids: torch.Tensor) -> object:
+        return self.out
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ((torch.zeros(4, 32, SIZE),), "it returned a tuple"),
+        (None, "it returned a NoneType"),
+        (torch.zeros(4, SIZE), r"it gave \(4, 64\)"),
+        (torch.zeros(4, 31, SIZE), r"it gave \(4, 31, 64\)"),
+    ],
+)
+def test_what_is_no_logits_is_refused(out: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        wrap(lambda: Returns(out))(token_ids())
+
+
+@pytest.mark.parametrize(
+    ("row_keys", "words"),
+    [
+        (keys()[:3], r"shape \(4,\).*\(3,\)"),
+        (keys()[:, None], r"\(4, 1\)"),
+        (keys().int(), "got torch.int32"),
+    ],
+)
+def test_keys_that_do_not_fit_the_rows_are_refused(row_keys: torch.Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        wrap(Bag)(token_ids(), row_keys=row_keys)
+
+
+@pytest.mark.parametrize(
+    "seq", [token_ids()[0], token_ids()[None], token_ids().float(), token_ids() > 3, token_ids().tolist()]
+)
+def test_what_is_no_batch_of_ids_is_refused(seq: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"token ids of shape \(B, T\)"):
+        wrap(Bag)(seq)
+
+
+def test_a_wrapper_around_a_split_transformer_is_run_itself() -> None:
+    """torch.compile's wrapper passes attributes through: taking the split from it would run everything uncompiled."""
+    mlm = wrap(SplitBag)
+    expected = mlm(token_ids(), row_keys=keys())
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    mlm.transformer = torch.compile(mlm.transformer, backend=backend)
+    torch.testing.assert_close(mlm(token_ids(), row_keys=keys()), expected, atol=1e-6, rtol=0)
+    assert len(graphs) == 1
+
+
+def test_a_replaced_transformer_is_the_one_that_runs() -> None:
+    mlm = wrap(Bag)
+    mlm.transformer = SplitBag()
+    mlm(token_ids())
+    assert mlm.transformer.head_shape[0] < token_ids().numel()
+    mlm.transformer = Bag()
+    mlm(token_ids()).backward()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_model_made_without_memory_masks_rightly_once_it_has_some(policy: str) -> None:
+    """.to_empty() leaves every buffer to chance; here also under a default device of meta."""
+    keywords = {"policy": policy, "word_starts": torch.arange(SIZE) % 3 == 0}
+    expected = wrap(Bag, **keywords).masker(token_ids(), keys(), 0.3)
+    with torch.device("meta"):
+        mlm = wrap(Bag, **keywords)
+    for table in mlm.to_empty(device="cpu").masker.buffers():
+        assert table.device.type == "cpu"
+    for got, want in zip(mlm.masker(token_ids(), keys(), 0.3), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_weights_may_be_assigned_to_a_model_made_without_memory() -> None:
+    weights, expected = wrap(Bag).state_dict(), wrap(Bag)(token_ids(), row_keys=keys())
+    with torch.device("meta"):
+        mlm = wrap(Bag)
+    mlm.load_state_dict(weights, assign=True)
+    assert torch.equal(mlm(token_ids(), row_keys=keys()), expected)
+
+
+def test_segments_that_do_not_fit_the_ids_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"segments must have the shape of seq, \(4, 32\), got \(1, 32\)"):
+        wrap(encoder)(token_ids(), segments=torch.ones(1, 32, dtype=torch.int64))
+
+
+def test_a_transformer_that_knows_too_few_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="logits of 16 tokens, and num_tokens = 64"):
+        wrap(lambda: nn.Embedding(SIZE, 16))(token_ids())
+
+
+def test_a_rate_in_float32_is_the_decimal_that_it_prints_as() -> None:
+    ids = torch.full((1, 100), 7)
+    sums = wrap(Bag, mask_prob=np.float32(0.15))(ids, sums=True)
+    assert sums["targets"] == 15
+
+
+def test_casting_leaves_the_tables_of_ids_as_they_are() -> None:
+    mlm = MLM(Bag(), mask_ignore_token_ids=[50281], num_tokens=SIZE).type(torch.bfloat16)
+    assert mlm.masker.ignored.tolist() == [0, 2, 50281]
+
+
+def test_a_double_model_has_a_double_loss() -> None:
+    assert wrap(Bag).double()(token_ids()).dtype == torch.float64
+
+
+def test_a_transformer_compiled_in_its_place_is_run_itself() -> None:
+    mlm, graphs = wrap(SplitBag), []
+    expected = mlm(token_ids(), row_keys=keys())
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    mlm.transformer.compile(backend=backend)
+    torch.testing.assert_close(mlm(token_ids(), row_keys=keys()), expected, atol=1e-6, rtol=0)
+    assert len(graphs) == 1

@@ -1,13 +1,15 @@
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel, CLIPConfig
 
 from mlm_dist import huggingface, models, schema, vocab
 from mlm_dist.encoder import Encoder, EncoderConfig, padded
+from mlm_dist.mlm import has_split_head
 from mlm_dist.models import ModelConfig
 from mlm_dist.schema import ConfigError
 from mlm_dist.vocab import Vocab
@@ -73,14 +75,21 @@ def test_each_document_gets_the_logits_that_it_gets_alone(tokenizer: Vocab, keys
         torch.testing.assert_close(packed[segments == number], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("architecture", "splits"), [("bert", True), ("roberta", True), ("electra", False)])
-def test_the_head_is_split_off_where_it_is_known_how(tokenizer: Vocab, architecture: str, splits: bool) -> None:
-    model = build(tokenizer, kind="transformers", architecture=architecture, options=TINY)
-    assert isinstance(model, huggingface.SplitTransformersModel) == splits
-    if splits:
-        ids, segments = packed_row(tokenizer.size)
-        hidden = model.hidden_states(ids, segments=segments).flatten(0, 1)
-        torch.testing.assert_close(model.head(hidden), model(ids, segments=segments).flatten(0, 1))
+@pytest.mark.parametrize("packing", ["best_fit", "pad"])
+@pytest.mark.parametrize("architecture", huggingface.HEADS)
+@torch.no_grad()
+def test_the_head_is_split_off_where_it_is_known_how(tokenizer: Vocab, architecture: str, packing: str) -> None:
+    model = wide(build(tokenizer, packing, kind="transformers", architecture=architecture, options=TINY))
+    ids, segments = packed_row(tokenizer.size)
+    if packing == "pad":
+        segments = (segments == 1).to(torch.int16)
+    hidden = model.hidden_states(ids, segments=segments).flatten(0, 1)
+    torch.testing.assert_close(model.head(hidden), model(ids, segments=segments).flatten(0, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_head_stays_where_it_is_not_known_how(tokenizer: Vocab) -> None:
+    model = build(tokenizer, kind="transformers", architecture="electra", options=TINY)
+    assert not isinstance(model, huggingface.SplitTransformersModel)
 
 
 def test_every_parameter_of_bert_gets_a_gradient(tokenizer: Vocab) -> None:
@@ -93,6 +102,24 @@ def test_every_parameter_of_bert_gets_a_gradient(tokenizer: Vocab) -> None:
 def test_a_model_that_mixes_documents_needs_padded_rows(tokenizer: Vocab) -> None:
     with pytest.raises(ConfigError, match=r"fnet can't keep.*data\.packing=pad"):
         build(tokenizer, kind="transformers", architecture="fnet", options={"num_hidden_layers": 2})
+
+
+def test_a_window_of_a_models_own_shows_where_rows_are_longer(tokenizer: Vocab) -> None:
+    """A mask that is given replaces the model's own: documents are apart, and each sees more than it does alone."""
+    options = TINY | {"num_hidden_layers": 4, "max_position_embeddings": 512}
+    with pytest.raises(ConfigError, match=r"ultrabert can't keep.*logits differ by.*data\.packing=pad"):
+        build(tokenizer, seq_len=512, kind="transformers", architecture="ultrabert", options=options)
+    build(tokenizer, "pad", seq_len=512, kind="transformers", architecture="ultrabert", options=options)
+
+
+def test_trying_a_model_out_leaves_it_as_it_was(tokenizer: Vocab) -> None:
+    options = TINY | {"max_position_embeddings": 64}
+    made = [build(tokenizer, "pad", kind="transformers", architecture="big_bird", options=options)]
+    torch.manual_seed(0)
+    made.append(huggingface.adapt(huggingface.new_model("big_bird", options, tokenizer.size, tokenizer), False))
+    assert made[0].model.bert.attention_type == "block_sparse"
+    one, other = (model.state_dict() for model in made)
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 @torch.no_grad()
@@ -160,6 +187,48 @@ def test_a_factory_that_will_not_do_is_refused(tokenizer: Vocab, factory: str, o
         build(tokenizer, kind="factory", factory=f"tests.test_models:{factory}", options=options)
 
 
+class WrongHead(SegmentAttention):
+    """Its forward is right, its split path sees other documents."""
+
+    def hidden_states(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
+        x = self.embeddings(ids)
+        return x + (x @ x.mT).softmax(-1) @ x
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.embeddings.weight.T
+
+
+class SplitBag(Bag):
+    def hidden_states(self, ids: Tensor) -> Tensor:
+        return self.layers[0](ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.layers[1](hidden)
+
+
+def wrong_head(vocab_size: int) -> nn.Module:
+    return WrongHead(vocab_size)
+
+
+def split_bag(vocab_size: int) -> nn.Module:
+    return SplitBag(vocab_size, 8)
+
+
+def test_a_split_path_that_mixes_documents_is_refused_though_forward_does_not(tokenizer: Vocab) -> None:
+    with pytest.raises(ConfigError, match="mixes the documents"):
+        build(tokenizer, kind="factory", factory="tests.test_models:wrong_head")
+
+
+@torch.no_grad()
+def test_a_factorys_split_head_stays_split_without_segments(tokenizer: Vocab) -> None:
+    model = build(tokenizer, "pad", kind="factory", factory="tests.test_models:split_bag")
+    ids, segments = packed_row(tokenizer.size)
+    assert has_split_head(model)
+    torch.testing.assert_close(
+        model.head(model.hidden_states(ids, segments=segments)), model(ids, segments=segments), atol=0, rtol=0
+    )
+
+
 # ---- going on from a folder
 
 
@@ -200,6 +269,111 @@ def test_a_folder_with_another_vocabulary_is_refused(tokenizer: Vocab, modernber
     other = vocab.train(["sphinx of black quartz, judge my vow"] * 3, tokenizer.size)
     with pytest.raises(ConfigError, match="another tokenizer"):
         build(other, encoder=SHAPE, from_=str(modernbert_folder))
+
+
+def test_a_tokenizer_with_the_same_ids_that_reads_otherwise_is_refused(
+    tokenizer: Vocab, modernbert_folder: Path
+) -> None:
+    file = modernbert_folder / "tokenizer.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"post_processor": None, "truncation": None}))
+    build(tokenizer, encoder=SHAPE, from_=str(modernbert_folder))  # these make no other ids
+    file.write_text(json.dumps(said | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        build(tokenizer, encoder=SHAPE, from_=str(modernbert_folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_hidden_layers": 2}, r"more layers than the model, with model\.layers\.2.*: num_hidden_layers"),
+        ({"num_hidden_layers": 4}, r"config\.json with model\.options num_hidden_layers makes no"),
+        (
+            {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4},
+            r"lacks weights.*layers\.3.*: layer_types, num",
+        ),
+        ({"intermediate_size": 64}, r"of shape \[96, 32\], and the model \[128, 32\].*: intermediate_size"),
+    ],
+)
+def test_options_that_change_a_folders_shape_are_refused(
+    tokenizer: Vocab, modernbert_folder: Path, options: dict, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build(tokenizer, kind="transformers", from_=str(modernbert_folder), options=options)
+
+
+def test_options_that_change_no_weight_go_with_a_folder(tokenizer: Vocab, modernbert_folder: Path) -> None:
+    build(tokenizer, kind="transformers", from_=str(modernbert_folder), options={"attention_dropout": 0.1})
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5])
+def test_cut_weights_are_refused(tokenizer: Vocab, modernbert_folder: Path, keep: float) -> None:
+    file = modernbert_folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep if keep > 1 else keep * len(whole))])
+    with pytest.raises(ConfigError, match=r"weights in .*hf can't be read.*copy the folder again"):
+        build(tokenizer, encoder=SHAPE, from_=str(modernbert_folder))
+
+
+def resaved(folder: Path, tokenizer: Vocab | None, **changes) -> str:
+    """A BERT with a vocabulary of the given size and so on, in a folder, with or without a tokenizer."""
+    BertForMaskedLM(BertConfig(**(TINY | changes))).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    return str(folder)
+
+
+def test_rows_that_pad_a_folders_vocabulary_are_no_matter_where_its_tokenizer_matches(
+    tokenizer: Vocab, tmp_path: Path
+) -> None:
+    build(tokenizer, kind="transformers", from_=resaved(tmp_path, tokenizer, vocab_size=tokenizer.size + 1000))
+
+
+def test_without_a_tokenizer_to_compare_the_sizes_must_agree(
+    tokenizer: Vocab, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(tokenizer, kind="transformers", from_=resaved(tmp_path / "same", None, vocab_size=tokenizer.size))
+    assert "can't be checked" in caplog.text
+    with pytest.raises(ConfigError, match="no tokenizer to compare"):
+        build(tokenizer, kind="transformers", from_=resaved(tmp_path / "more", None, vocab_size=tokenizer.size + 1))
+
+
+def test_a_tokenizer_that_can_not_be_read_is_not_passed_over(tokenizer: Vocab, tmp_path: Path) -> None:
+    folder = resaved(tmp_path, None, vocab_size=tokenizer.size)
+    (tmp_path / "spm.model").write_bytes(b"not one")
+    with pytest.raises(ConfigError, match=r"finds no tokenizer|made with another tokenizer"):
+        build(tokenizer, kind="transformers", from_=folder)
+
+
+@pytest.mark.parametrize("keys", [{"encoder": SHAPE}, {"kind": "transformers"}], ids=["encoder", "transformers"])
+def test_weights_that_are_not_finite_are_refused(tokenizer: Vocab, modernbert_folder: Path, keys: dict) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(modernbert_folder)
+    model.model.layers[1].mlp.Wo.weight.data[0, 0] = math.nan
+    model.save_pretrained(modernbert_folder)
+    with pytest.raises(ConfigError, match=r"aren't finite, in model\.layers\.1\.mlp\.Wo"):
+        build(tokenizer, from_=str(modernbert_folder), **keys)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_an_encoder_goes_on_from_its_own_shape(tokenizer: Vocab, tmp_path: Path, layers: int, every: int) -> None:
+    shape = EncoderConfig(**{**vars(SHAPE), "layers": layers, "global_every": every})
+    AutoModelForMaskedLM.from_config(huggingface.modernbert_config(shape, tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    build(tokenizer, encoder=shape, from_=str(tmp_path))
+
+
+def test_a_folder_of_another_kind_is_refused(tokenizer: Vocab, tmp_path: Path) -> None:
+    CLIPConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="holds a clip, which is no masked language model"):
+        build(tokenizer, kind="transformers", from_=str(tmp_path))
+
+
+def test_options_that_change_a_folders_function_are_told(
+    tokenizer: Vocab, modernbert_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(tokenizer, kind="transformers", from_=str(modernbert_folder), options={"num_attention_heads": 2})
+    assert "num_attention_heads of" in caplog.text and "changed to 2" in caplog.text
 
 
 def test_weights_that_could_run_code_are_refused(tokenizer: Vocab, modernbert_folder: Path) -> None:
@@ -251,6 +425,7 @@ def test_keys_that_do_not_go_together_are_refused(keys: dict, said: str) -> None
         ({"architecture": "bertt"}, "did you mean .*bert"),
         ({"architecture": "bert", "options": {"hiden_size": 32}}, "did you mean hidden_size"),
         ({"architecture": "bert", "options": {"vocab_size": 9}}, "tokenizer's"),
+        ({"architecture": "bert", "options": {"return_dict": False}}, "needed as it is"),
         ({"architecture": "bert", "options": {"hidden_size": 30, "num_attention_heads": 4}}, "make no bert"),
         ({"architecture": "bert", "options": TINY | {"max_position_embeddings": 31}}, "max_position_embeddings=32"),
         ({"architecture": "roberta", "options": TINY | {"max_position_embeddings": 32}}, "max_position_embeddings=33"),

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlm_dist import manifest as manifests
+from mlm_dist import shards
 from mlm_dist.manifest import Manifest, ShardError, load_manifest, verify
 from mlm_dist.schema import ConfigError
 from mlm_dist.shards import Record, ShardWriter, read_records, write_split
@@ -211,6 +212,31 @@ def test_foreign_members_are_refused_and_nothing_runs(tmp_path: Path, names: lis
         list(read_records(manifest, 0))
     assert refused.value.reason == ("foreign_member" if "unexpected" in problem else "malformed")
     assert [path.name for path in tmp_path.iterdir()] == ["split"]
+
+
+def never(*_: object) -> Iterator[Record]:
+    raise AssertionError("webdataset was asked")
+
+
+def test_only_what_shard_writer_did_not_write_is_left_to_webdataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, (records,) = split(tmp_path, (40,))
+    path = tmp_path / "000000.tar"
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "decode_any", never)
+        assert same(list(read_records(manifest, 0)), records)
+
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(path, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, data in members:
+            member.mtime, member.uname = 1_700_000_000, "somebody"
+            tar.addfile(member, io.BytesIO(data))
+    assert same(list(read_records(manifest, 0)), records)
+    monkeypatch.setattr(shards, "decode_any", never)
+    with pytest.raises(AssertionError, match="webdataset was asked"):
+        list(read_records(manifest, 0))
 
 
 def test_an_error_survives_its_way_to_another_process() -> None:

@@ -221,6 +221,22 @@ def test_words_of_byte_level_bpe(trained: Vocab) -> None:
     assert starts.shape == (trained.size,) and starts.dtype == bool and starts[:5].all()
 
 
+def test_words_where_none_are_spaced() -> None:
+    """Each Chinese or Japanese character is a word, as in BERT, and so is punctuation of any script."""
+    for text, begins in {
+        "我们": True, "ひら": True, "カナ": True, "。": True, "«été": True, "…": True, " a": True, "\n": True,
+        "_x": True, "été": False, "한국": False, "ไทย": False, "'s": False, "7": False, "": False,
+    }.items():  # fmt: skip
+        assert vocab.begins_word(text) == begins, text
+
+
+def test_what_a_token_of_byte_level_bpe_stands_for() -> None:
+    text = "".join(map(chr, [*range(0x300), 0x6211, 0x1F600]))
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    assert vocab.as_text("".join(piece for piece, _ in pieces)) == text
+    assert vocab.as_text("æĪ") == "", "two bytes of three"
+
+
 def test_words_of_word_piece_and_sentence_piece(tmp_path: Path) -> None:
     assert words(vocab.load(word_piece(tmp_path / "bert")), "the fox jumps.") == ["the", "fox", "jumps", "."]
     pieces = [*SPECIALS, "▁the", "▁f", "o", "x", "."]

@@ -1,0 +1,36 @@
+"""The loader's benchmark runs and says what it should; the figures are another matter."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_loader_benchmark_measures_all_it_promises(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 9))) for _ in range(200)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(50, 2000))) for _ in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = ["--text", tmp_path / "text.jsonl", "--scratch", tmp_path, "--peers", tmp_path / "no-python"]
+    options += ["--seconds", 0, "--epochs", 2, "--vocab-size", 300, "--epoch-tokens", 2e6]
+    command = [sys.executable, ROOT / "benchmarks" / "loader.py", *options]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["benchmark"] for line in lines} == {"loader"}
+
+    def of(measurement: str) -> list[dict]:
+        return [line for line in lines if line["measurement"] == measurement]
+
+    assert len(of("machine")) == 1
+    rates = [line for line in of("throughput") if line["reader"].startswith("mlm_dist")]
+    assert len(rates) == 5 and all(line["tokens_per_second"] > 0 for line in rates)
+    skipped = [line for line in of("throughput") if "skipped" in line]
+    assert {line["reader"] for line in skipped} == {"webdataset", "datasets", "megatron-energon", "mosaicml-streaming"}
+    assert [line["resumed_at"] for line in of("first_batch")] == [0, 0.01, 0.5, 0.99]
+    assert all(len(line["rss_anon_mb"]) == 2 for line in of("memory"))
+    assert {line["row_tokens"] for line in of("packing")} == {128, 512, 1024}
+    assert all(0.5 < line["efficiency"] <= 1 for line in of("packing"))
