@@ -322,7 +322,7 @@ def verify(manifest: Manifest) -> list[str]:
             try:
                 manifest.source.check(shard)
             except ShardError as error:
-                problems.append(": ".join(map(str, error.args)))
+                problems.append(": ".join(map(str, error.args[:2])))
         elif not path.exists():
             problems.append(f"{path} is missing")
         elif path.stat().st_size != shard.bytes:
