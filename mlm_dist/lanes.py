@@ -190,7 +190,8 @@ class BadShards:
 
 def source_of(label: str) -> str:
     """The source's name in a shard's label."""
-    return label.rpartition("/")[0]
+    name, slash, _ = label.partition("/")
+    return name if slash and name != ".." else ""  # tars of text may stand one folder up
 
 
 @dataclass(frozen=True)

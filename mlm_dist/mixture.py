@@ -184,8 +184,9 @@ class Mixture:
 
     def path(self, label: str) -> str | Path:
         """The place of a shard, by its label."""
-        manifest = next(reader.manifest for reader in self.readers if reader.name == source_of(label))
-        return manifest.place(label.rpartition("/")[2])
+        source = source_of(label)
+        manifest = next(reader.manifest for reader in self.readers if reader.name == source)
+        return manifest.place(label.removeprefix(f"{source}/") if source else label)
 
     def announce(self, seed: int, lane: int, lanes: int, places: list[Place]) -> None:
         """Have the shards fetched at which a lane begins, where they are remote."""

@@ -393,6 +393,11 @@ def test_no_budget_lets_a_run_go_on_without_a_source(own_sources):
             next(batches)
 
 
+def test_a_shards_label_tells_its_source():
+    for label, source in (("000003.tar", ""), ("law/000003.tar", "law"), ("../a.tar", ""), ("law/../a.tar", "law")):
+        assert lanes.source_of(label) == source
+
+
 # ---- held-out rows
 
 
