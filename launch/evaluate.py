@@ -10,10 +10,11 @@ from pathlib import Path
 import _cli
 import torch
 
-from mlm_dist import checkpoint, config, masking, remote, schema, stream, train, vocab, world
+from mlm_dist import checkpoint, config, masking, mixture, remote, schema, stream, train, vocab, world
 from mlm_dist.cache import make_cache
 from mlm_dist.engine import StepSums, forward_sums
 from mlm_dist.evaluate import evaluate
+from mlm_dist.mixture import SourceConfig
 
 
 def parse() -> argparse.Namespace:
@@ -32,21 +33,23 @@ def main() -> int:
     path = checkpoint.find(args.run, args.step)
     state = checkpoint.load_state(path)
     cfg = schema.from_mapping(config.RunConfig, state.facts["config"])
-    root = args.shards or cfg.data.shards
+    folders = {"": SourceConfig(args.shards)} if args.shards else cfg.data.folders()
     cache = make_cache(args.cache_dir or cfg.data.cache_dir, cfg.data.cache_gb, cfg.data.fetch_seconds)
+    root = folders[min(folders)].shards
     tokenizer = vocab.load(remote.open_tokenizer(remote.join(root, "tokenizer"), cache))
     if tokenizer.fingerprint != state.facts["tokenizer"]:
         raise schema.ConfigError(
             f"{root} was built with another tokenizer than {args.run} was trained with; build it again with that one"
         )
-    manifest = remote.find_split(remote.join(root, "valid"), cache)
-    if manifest is None:
-        raise schema.ConfigError(f"{root} holds no held-out documents; give others with --shards")
+    sources = mixture.open_sources(folders, "valid", cache)
+    if not sources:
+        named = " and ".join(folder.shards for folder in folders.values())
+        raise schema.ConfigError(f"{named} holds no held-out documents; give others with --shards")
     model = train.load_model(cfg, tokenizer, path)
     with world.join(cfg.engine.timeout_seconds) as here:
         model.to(here.device).eval()
         batches = stream.held_out_batches(
-            manifest, tokenizer, cfg.data, cfg.batch, here.rank, here.size, max_rows=cfg.evaluate.max_rows
+            sources, tokenizer, cfg.data, cfg.batch, here.rank, here.size, max_rows=cfg.evaluate.max_rows
         )
 
         @torch.no_grad()

@@ -14,7 +14,9 @@ Reading order is import order: a module imports only modules above it in this li
     shards       what is inside a shard: write, read
     packing      documents -> fixed (B, T) rows with document boundaries
     lanes        shards -> lanes -> windows: the order of the data, and its cursor
-    stream       lanes -> batches, fetched ahead by worker processes
+    mixture      several sources with weights: which of them gives a lane's next row
+    loader       worker processes that read lanes ahead
+    stream       lanes -> batches, with the cursor that stands after each
     masking      which tokens, and what replaces them; keyed, stateless, on the device
     mlm          MLM: the wrapper around any transformer; returns the loss, and on request its sums
     encoder      the fast encoder (ModernBERT architecture)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ MAY_CHANGE = (
     "run.tokens",
     "run.hours",
     "data.shards",  # the folder may move: its contents are compared instead
+    "data.sources.*.shards",
     "data.workers",
     "data.max_bad_shards",
     "data.cache_dir",
@@ -102,7 +104,7 @@ def refused_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+    return any(fnmatchcase(key, allowed) or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
 
 
 def memory_by_stage(parameters: int, precision: str, world_size: int) -> dict[int, float]:

@@ -7,7 +7,7 @@ lane `g % lanes`, so the order does not depend on who reads it: rank `r` of `n` 
 rows with `g % n == r`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,11 @@ from mlm_dist.vocab import Vocab
 
 MOST_LANES = 64
 
-# What is known of a row beside its tokens. `after`: the (epoch, window, row) that follows it in its lane.
-FACTS = np.dtype([("key", "i8"), ("maskable", "i4"), ("tokens", "i4"), ("documents", "i4"), ("after", "i8", 3)])
+# What is known of a row beside its tokens. `after`: the (epoch, window, row) that follows it in its lane; `source`: the
+# number of the source that it comes from, -1 for a row of padding.
+FACTS = np.dtype(
+    [("key", "i8"), ("maskable", "i4"), ("tokens", "i4"), ("documents", "i4"), ("source", "i4"), ("after", "i8", 3)]
+)
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,13 @@ def windows_in_order(manifest: Manifest, window_records: int) -> Iterator[Window
         yield from (window_of(shard, info.samples, part, parts) for part in range(parts))
 
 
-def resolve_lanes(shards: int, lanes: int | None, world_size: int) -> int:
+def resolve_lanes(shards: int, lanes: int | None, world_size: int, source: str = "") -> int:
     """The number of lanes: as stated, or the largest power of two that is at most 64 and at most the number of shards.
 
-    Raises ConfigError where the ranks cannot share them evenly, or there are more than shards.
+    Of several sources it's the one with the fewest shards that counts; errors name it. Raises ConfigError where the
+    ranks cannot share the lanes evenly, or there are more than shards.
     """
-    held = f"{shards} shard{'' if shards == 1 else 's'}"
+    held = f"{shards} shard{'' if shards == 1 else 's'}{source and f' of data.sources.{source}'}"
     if shards < world_size:
         # build.py makes more than 64 only as --shard-tokens says, and fewer only for want of text or of documents
         remedy = (
@@ -132,6 +136,24 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "segments", "facts")))
 
 
+class Tap:
+    """Rows from an iterator of blocks, as many at a time as are wanted."""
+
+    def __init__(self, blocks: Iterator[Rows]) -> None:
+        self.blocks = blocks
+        self.left: Rows | None = None
+
+    def take(self, count: int) -> Rows:
+        parts = []
+        while count:
+            if not self.left:
+                self.left = next(self.blocks)
+            parts.append(self.left[:count])
+            self.left = self.left[count:]
+            count -= len(parts[-1])
+        return concatenate(parts)
+
+
 def one_by_one(blocks: Iterable[Rows]) -> Iterator[tuple[np.ndarray, ...]]:
     """The rows of all blocks, each as its (ids, segments, facts); to slice them out of Rows costs ten times as much."""
     for block in blocks:
@@ -145,17 +167,31 @@ def stack(rows: Sequence[tuple[np.ndarray, ...]]) -> Rows:
 
 
 class BadShards:
-    """The shards that were given up, against the number that may be."""
+    """The shards that were given up, each with its reason, against the number that may be.
 
-    def __init__(self, names: Sequence[str], most: int, manifest: Manifest) -> None:
-        self.names = set(names)
-        self.most = min(most, len(manifest.shards) - 1)  # with none left there is nothing to go on with
+    reasons: those that are known already, by label: `000003.tar`, or `law/000003.tar` of a source with a name
+    most:    how many may be given up
+    shards:  number of shards of each source, by name
+    """
 
-    def add(self, name: str, error: ShardError) -> None:
-        """Count a shard; raises the error where the budget is spent."""
-        self.names.add(name)
-        if len(self.names) > self.most:
+    def __init__(self, reasons: Mapping[str, str], most: int, shards: Mapping[str, int]) -> None:
+        self.reasons = dict(reasons)
+        self.most = most
+        self.shards = shards
+
+    def add(self, label: str, error: ShardError) -> None:
+        """Count a shard; raises the error where the budget is spent, or nothing is left of a source to go on with."""
+        self.reasons.setdefault(label, error.reason)
+        source = source_of(label)
+        lost = sum(source_of(other) == source for other in self.reasons)
+        if len(self.reasons) > self.most or lost >= self.shards[source]:
             raise error
+
+
+def source_of(label: str) -> str:
+    """The source's name in a shard's label."""
+    name, slash, _ = label.partition("/")
+    return name if slash and name != ".." else ""  # tars of text may stand one folder up
 
 
 @dataclass(frozen=True)
@@ -168,6 +204,12 @@ class Reader:
     packing: str  # a key of packing.MODES
     window_records: int
     plain: np.ndarray  # (V,) bool: the id is no special one
+    source: int  # its number among the sources, 0 where there is one
+    name: str  # of the source, empty where there is one
+
+    def label(self, shard: int) -> str:
+        """What a shard is called in the log and the cursor."""
+        return f"{self.name}{self.name and '/'}{self.manifest.shards[shard].name}"
 
     def read(self, window: Window, *key: int) -> Rows:
         """The window's documents as rows, their order a function of the key; `key` and `after` are left to the caller.
@@ -182,6 +224,7 @@ class Reader:
             raise ShardError(
                 self.manifest.place(self.manifest.shards[window.shard].name),
                 f"holds token id {highest}, and the tokenizer only has {self.vocab.size} ids: they don't match",
+                "foreign_ids",
             )
         packed = pack(tokens, lengths, self.seq_len, self.vocab, self.packing, key)
         facts = np.zeros(len(packed.ids), FACTS)
@@ -190,16 +233,27 @@ class Reader:
         facts["maskable"] = packed.text if no_specials else np.count_nonzero(self.plain.take(packed.ids), axis=1)
         facts["tokens"] = packed.tokens
         facts["documents"] = packed.documents
+        facts["source"] = self.source
         return Rows(packed.ids, packed.segments, facts)
 
     def blank_rows(self, count: int) -> Rows:
         """Rows of padding alone."""
         shape = (count, self.seq_len)
         ids = np.full(shape, self.vocab.pad_id, self.manifest.dtype)
-        return Rows(ids, np.zeros(shape, np.int16), np.zeros(count, FACTS))
+        facts = np.zeros(count, FACTS)
+        facts["source"] = -1
+        return Rows(ids, np.zeros(shape, np.int16), facts)
 
 
-def make_reader(manifest: Manifest, vocab: Vocab, seq_len: int, packing: str, window_records: int) -> Reader:
+def make_reader(
+    manifest: Manifest,
+    vocab: Vocab,
+    seq_len: int,
+    packing: str,
+    window_records: int,
+    source: int = 0,
+    name: str = "",
+) -> Reader:
     """A Reader for shards that belong to the tokenizer; raises ConfigError for others."""
     if (manifest.tokenizer_sha256, manifest.vocab_size) != (vocab.fingerprint, vocab.size):
         raise ConfigError(
@@ -210,7 +264,7 @@ def make_reader(manifest: Manifest, vocab: Vocab, seq_len: int, packing: str, wi
         raise ConfigError(f"the shards in {manifest.place()} hold no tokens; build them from text that isn't empty")
     plain = np.ones(vocab.size, bool)
     plain[list(vocab.special_ids)] = False
-    return Reader(manifest, vocab, seq_len, packing, window_records, plain)
+    return Reader(manifest, vocab, seq_len, packing, window_records, plain, source, name)
 
 
 def announce(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[int]) -> None:
@@ -237,6 +291,7 @@ def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[
     Nothing that came before the place is read again. Raises the ShardError that `bad` refuses.
     """
     epoch, window, row = place
+    name = reader.source * lanes + lane  # a lane of another source has another name, and so do its rows
     while True:
         order = LaneEpoch(reader.manifest, reader.window_records, seed, epoch, lane, lanes)
         while window < len(order):
@@ -246,12 +301,12 @@ def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[
             try:
                 rows = reader.read(where, seed, epoch, where.shard, where.first)
             except ShardError as error:
-                bad.add(reader.manifest.shards[where.shard].name, error)
+                bad.add(reader.label(where.shard), error)
                 window, row = order.after_shard_of(window), 0
                 continue
             assert row <= len(rows), "the cursor is of other shards, or of rows of another length"
             numbers = np.arange(len(rows))
-            rows.facts["key"] = hashed(epoch, lane, window, numbers).view(np.int64)
+            rows.facts["key"] = hashed(epoch, name, window, numbers).view(np.int64)
             rows.facts["after"] = np.stack(
                 [np.full_like(numbers, epoch), np.full_like(numbers, window), numbers + 1], axis=1
             )

@@ -29,11 +29,32 @@ REBUILD = (
 )
 
 
+# Why a shard can't be used: what is counted, by the name it is logged under.
+REASONS = (
+    "missing",  # no such file
+    "unreadable",  # the file system refuses
+    "unreachable",  # the place it comes from does not answer
+    "empty",  # a file of no bytes, or a tar of no members
+    "truncated",  # shorter than the manifest says
+    "altered",  # a checksum fails, or a header is none
+    "malformed",  # records or members missing, repeated or out of order
+    "foreign_member",  # something else than tokens and lengths
+    "foreign_ids",  # ids that the tokenizer doesn't have
+)
+
+
 class ShardError(RuntimeError):
-    """A shard that is not what its manifest says: `ShardError(file, what is wrong)`, or a whole sentence."""
+    """A shard that is not what its manifest says: `ShardError(file, what is wrong, reason)`, or a whole sentence."""
 
     def __str__(self) -> str:
-        return f"{self.args[0]}: {self.args[1]}; {REBUILD}" if len(self.args) == 2 else str(self.args[0])
+        return f"{self.args[0]}: {self.args[1]}; {REBUILD}" if len(self.args) > 1 else str(self.args[0])
+
+    @property
+    def reason(self) -> str:
+        """One of REASONS."""
+        reason = self.args[2] if len(self.args) > 2 else "unreadable"
+        assert reason in REASONS, reason
+        return reason
 
 
 @dataclass(frozen=True)
@@ -301,7 +322,7 @@ def verify(manifest: Manifest) -> list[str]:
             try:
                 manifest.source.check(shard)
             except ShardError as error:
-                problems.append(": ".join(map(str, error.args)))
+                problems.append(": ".join(map(str, error.args[:2])))
         elif not path.exists():
             problems.append(f"{path} is missing")
         elif path.stat().st_size != shard.bytes:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -34,23 +35,29 @@ class Meter:
     """Adds up what the steps since the last report saw, on this rank.
 
     flops_per_token: training arithmetic of one real token (forward and backward), for the utilisation
+    sources: names of the data's sources in the order of their numbers; each one's share of the rows is reported
     """
 
-    def __init__(self, world: World, flops_per_token: float) -> None:
+    def __init__(self, world: World, flops_per_token: float, sources: Sequence[str] = ()) -> None:
         self.world = world
+        self.sources = [f"source/{name}" for name in sources]
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops(world.device)
         self._clear()
 
     def _clear(self) -> None:
         self.device_sums: StepSums | None = None
-        self.host_sums = dict.fromkeys(HOST_SUMS, 0.0)
+        self.host_sums = dict.fromkeys([*HOST_SUMS, *self.sources], 0.0)
         self.started = time.perf_counter()
 
     def add(self, sums: StepSums, batches: Sequence[Batch], data_seconds: float) -> None:
         """Take in one step: what the engine added up, its micro-batches, and how long this rank waited for them."""
         self.device_sums = sums if self.device_sums is None else self.device_sums + sums
         add_batches(self.host_sums, batches)
+        for batch in batches if self.sources else ():
+            rows = torch.bincount(batch.sources + 1, minlength=len(self.sources) + 1)[1:]  # -1 is padding
+            for name, count in zip(self.sources, rows.tolist(), strict=True):
+                self.host_sums[name] += count
         self.host_sums["steps"] += 1
         self.host_sums["data_seconds"] += data_seconds
 
@@ -72,6 +79,8 @@ class Meter:
             "step_seconds": slowest[0] / max(self.host_sums["steps"], 1),
             "data_wait": slowest[1] / slowest[0],
         }
+        rows = sum(sums[name] for name in self.sources)
+        numbers |= {name: sums[name] / rows if rows else 0.0 for name in self.sources}
         self._clear()
         return numbers
 
@@ -86,13 +95,20 @@ def add_batches(host_sums: Sums, batches: Sequence[Batch]) -> None:
 
 
 def reduce_sums(world: World, device_sums: StepSums | None, host_sums: Sums) -> Sums:
-    """All sums over all ranks, in one float64 vector whose order the tables above fix. Waits for the device once."""
+    """All sums over all ranks, in one float64 vector, each in the same order. Waits for the device once."""
     if device_sums is None:
         on_host = [0.0] * len(DEVICE_SUMS)
     else:
         on_host = torch.stack([getattr(device_sums, name).double() for name in DEVICE_SUMS]).tolist()
-    vector = torch.tensor(on_host + [host_sums[name] for name in HOST_SUMS], dtype=torch.float64)
-    return dict(zip(DEVICE_SUMS + HOST_SUMS, world.sum(vector).tolist(), strict=True))
+    vector = torch.tensor(on_host + list(host_sums.values()), dtype=torch.float64)
+    return dict(zip([*DEVICE_SUMS, *host_sums], world.sum(vector).tolist(), strict=True))
+
+
+def bad_shard_numbers(reasons: Mapping[str, str]) -> dict[str, int]:
+    """How many shards were skipped, in all and for each reason; nothing where there are none."""
+    counts = Counter(reasons.values())
+    numbers = {"bad_shards": len(reasons)} | {f"bad_shards/{name}": counts[name] for name in sorted(counts)}
+    return numbers if reasons else {}
 
 
 def peak_flops(device: torch.device) -> float:

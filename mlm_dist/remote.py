@@ -50,7 +50,7 @@ class RemoteShards:
                     break
             return file
         except FetchError as error:
-            raise ShardError(beside(self.address, shard.name), f"can't be fetched: {error}") from None
+            raise ShardError(beside(self.address, shard.name), f"can't be fetched: {error}", "unreachable") from None
         except OSError as error:
             sentence = (
                 f"{beside(self.address, shard.name)} can't be kept in {self.cache.folder} ({error.strerror or error})"

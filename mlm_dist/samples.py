@@ -67,23 +67,29 @@ def members(path: Path, file: io.BufferedReader, begin: int, end: int, last: boo
         info = parsed(path, header, offset)
         if info.type in SAID_AHEAD:
             if info.size > MOST_SAID_AHEAD:
-                raise ShardError(path, f"has a damaged header at byte {offset} (a name of {info.size:,} bytes)")
+                raise ShardError(
+                    path, f"has a damaged header at byte {offset} (a name of {info.size:,} bytes)", "altered"
+                )
             ahead |= said_ahead(path, info.type, read(path, file, offset + BLOCK, info.size), offset)
             offset += BLOCK + blocks(info.size)
             continue
         if info.type == tarfile.GNUTYPE_SPARSE or any(name.startswith("GNU.sparse") for name in ahead):
-            raise ShardError(path, f"holds a sparse file at byte {offset}, which isn't read: pack it without --sparse")
+            raise ShardError(
+                path, f"holds a sparse file at byte {offset}, which isn't read: pack it without --sparse", "malformed"
+            )
         length = int(ahead.get("size", info.size))
         held = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         following = offset + BLOCK + (blocks(length) if held else 0)
         if following > size:
-            raise ShardError(path, f"is cut short at byte {size:,}: a member ends at {following:,}")
+            raise ShardError(path, f"is cut short at byte {size:,}: a member ends at {following:,}", "truncated")
         if info.isreg():
             yield Member(ahead.get("path", info.name), start, offset + BLOCK, length)
         start = offset = following
         ahead = {}
     if last:
-        raise ShardError(path, f"is cut short at byte {offset:,}: a tar's end is marked, and this one's isn't")
+        raise ShardError(
+            path, f"is cut short at byte {offset:,}: a tar's end is marked, and this one's isn't", "truncated"
+        )
 
 
 def read(path: Path, file: io.BufferedReader, offset: int, size: int) -> bytes:
@@ -92,7 +98,7 @@ def read(path: Path, file: io.BufferedReader, offset: int, size: int) -> bytes:
         file.seek(offset)
     data = file.read(size)
     if len(data) < size:
-        raise ShardError(path, f"is cut short at byte {offset + len(data):,}")
+        raise ShardError(path, f"is cut short at byte {offset + len(data):,}", "truncated")
     return data
 
 
@@ -102,10 +108,12 @@ def parsed(path: Path, header: bytes, offset: int) -> tarfile.TarInfo:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError) as error:
         if offset == 0 and header.startswith(GZIP):
-            raise ShardError(path, "is compressed, and there is no seeking in it: unpack it with gunzip") from error
-        raise ShardError(path, f"has a damaged header at byte {offset:,} ({error})") from error
+            raise ShardError(
+                path, "is compressed, and there is no seeking in it: unpack it with gunzip", "malformed"
+            ) from error
+        raise ShardError(path, f"has a damaged header at byte {offset:,} ({error})", "altered") from error
     if info.size < 0:
-        raise ShardError(path, f"has a damaged header at byte {offset:,} (a size of {info.size})")
+        raise ShardError(path, f"has a damaged header at byte {offset:,} (a size of {info.size})", "altered")
     return info
 
 
@@ -118,11 +126,11 @@ def said_ahead(path: Path, kind: bytes, data: bytes, offset: int) -> dict[str, s
         record = re.match(rb"([1-9][0-9]{0,6}) ([^=]+)=", data)
         length = int(record[1]) if record else 0
         if record is None or length <= record.end() or data[length - 1 : length] != b"\n":
-            raise ShardError(path, f"has a damaged header at byte {offset:,} (no pax records)")
+            raise ShardError(path, f"has a damaged header at byte {offset:,} (no pax records)", "altered")
         said[record[2].decode("utf-8", "replace")] = data[record.end() : length - 1].decode("utf-8", "surrogateescape")
         data = data[length:]
     if not re.fullmatch("[0-9]{1,18}", said.get("size", "0")):
-        raise ShardError(path, f"has a damaged header at byte {offset:,} (a size of {said['size']!r})")
+        raise ShardError(path, f"has a damaged header at byte {offset:,} (a size of {said['size']!r})", "altered")
     return said
 
 
@@ -132,7 +140,9 @@ def ends(path: Path, file: io.BufferedReader, offset: int, end: int) -> None:
     while at < end:
         data = read(path, file, at, min(1 << 20, end - at))
         if data.strip(b"\0"):
-            raise ShardError(path, f"ends at byte {offset:,} and holds more behind: zeroed, or two tars in one file")
+            raise ShardError(
+                path, f"ends at byte {offset:,} and holds more behind: zeroed, or two tars in one file", "malformed"
+            )
         at += len(data)
 
 
@@ -165,7 +175,7 @@ def samples(path: Path, file: io.BufferedReader, begin: int, end: int, last: boo
             key, offset, data = stem, found.offset, None
             extensions = set()
         if extension in extensions:
-            raise ShardError(path, f"sample {key!r} has two members {extension!r}")
+            raise ShardError(path, f"sample {key!r} has two members {extension!r}", "malformed")
         extensions.add(extension)
         if extension == member:
             data = read(path, file, found.data, found.size)
@@ -246,14 +256,16 @@ def read_documents(
         crc, texts = 0, []
         for sample in samples(path, file, begin, end, last, content.member):
             if sample.data is None:
-                raise ShardError(path, f"record {index}: sample {sample.key!r} has no .{content.member}")
+                raise ShardError(path, f"record {index}: sample {sample.key!r} has no .{content.member}", "malformed")
             crc = zlib.crc32(sample.data, crc)
             try:
                 texts.append(text_of(sample.data, content)[0])
             except ValueError as error:
-                raise ShardError(path, f"record {index}: the .json of sample {sample.key!r} {error}") from error
+                raise ShardError(
+                    path, f"record {index}: the .json of sample {sample.key!r} {error}", "malformed"
+                ) from error
         if crc != expected:
-            raise ShardError(path, f"record {index} fails its crc32")
+            raise ShardError(path, f"record {index} fails its crc32", "altered")
         found = [ids for ids in encode(vocab, texts) if ids]
         if (len(found), sum(map(len, found))) != (documents, tokens):
             raise ShardError(

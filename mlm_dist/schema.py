@@ -1,8 +1,8 @@
 """YAML files and overrides -> frozen dataclasses, checked against the dataclasses' own annotations.
 
 A field is an int, float, bool, str, Literal, tuple[X, ...], dict[str, X], dict[str, Any], another such dataclass (a
-section), or any of these `| None`. Every refusal is a ConfigError that says where the value was written, the key's
-full path, what is wrong, and what to write instead.
+section), a dict[str, section], or any of these `| None`. Every refusal is a ConfigError that says where the value was
+written, the key's full path, what is wrong, and what to write instead.
 """
 
 import copy
@@ -76,7 +76,7 @@ def _split_optional(kind: Any) -> tuple[Any, bool]:
 
 
 def _fields(cls: type, base: Any = None, prefix: str = "") -> Iterator[tuple[str, Any, Any, Mapping]]:
-    """(dotted key, type, default, metadata) of every key, sections entered."""
+    """(dotted key, type, default, metadata) of every key, sections entered; NAME stands for the keys of a mapping."""
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind, default, path = kinds[field.name], _default(field, base), prefix + _key(field)
@@ -85,6 +85,14 @@ def _fields(cls: type, base: Any = None, prefix: str = "") -> Iterator[tuple[str
             yield path, kind, default, field.metadata
         if dataclasses.is_dataclass(inner):
             yield from _fields(inner, default if dataclasses.is_dataclass(default) else None, f"{path}.")
+        elif (section := _section_of(inner)) is not None:
+            yield from _fields(section, None, f"{path}.NAME.")
+
+
+def _section_of(kind: Any) -> type | None:
+    """The section that a mapping's values are: dict[str, section] -> section; anything else -> None."""
+    args = typing.get_args(kind)
+    return args[1] if typing.get_origin(kind) is dict and dataclasses.is_dataclass(args[1]) else None
 
 
 # ---- the words of an error
@@ -99,7 +107,7 @@ def _expected(kind: Any, bounds: Bounds) -> str:
     elif origin is Literal:
         words = f"one of {', '.join(map(str, typing.get_args(inner)))}"
     elif origin in (tuple, dict):
-        words = "a list" if origin is tuple else "a mapping"
+        words = "a list" if origin is tuple else f"a mapping{' of sections' if _section_of(inner) else ''}"
     else:
         words = _NAMES[inner]
     limits = f" {_limits(bounds)}" if inner in (int, float) and bounds else ""

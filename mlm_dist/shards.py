@@ -155,7 +155,8 @@ def read_records(
                 data = read_range(path, file, rows, start, stop, dtype)
                 yield from decode(path, data, rows[start:stop], start, dtype)
     except OSError as error:
-        raise ShardError(path, f"can't be read ({error.strerror or error})") from error
+        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise ShardError(path, f"can't be read ({error.strerror or error})", reason) from error
 
 
 def read_range(path: str, file: BinaryIO, rows: np.ndarray, start: int, stop: int, dtype: np.dtype) -> bytes:
@@ -167,7 +168,9 @@ def read_range(path: str, file: BinaryIO, rows: np.ndarray, start: int, stop: in
     file.seek(begin)
     data = file.read(end - begin)
     if len(data) < end - begin:
-        raise ShardError(path, f"is cut short at byte {begin + len(data)}, record {start} to {stop - 1} end at {end}")
+        size = os.fstat(file.fileno()).st_size
+        problem = f"is cut short at byte {size}, record {start} to {stop - 1} end at {end}"
+        raise ShardError(path, problem, "truncated" if size else "empty")
     return data
 
 
@@ -217,19 +220,25 @@ def decode_any(path: str, data: bytes, rows: np.ndarray, start: int, dtype: np.d
     for index, (_, _, documents, tokens, crc) in enumerate(rows.tolist(), start):
         try:
             sample = next(samples, None)
-        except (tarfile.TarError, ValueError, EOFError) as error:
-            raise ShardError(path, f"record {index} is damaged ({error})") from error
-        if sample is None or sample["__key__"] != record_key(index):
-            found = "the end of the tar" if sample is None else repr(sample["__key__"])
-            raise ShardError(path, f"record {index} is missing: found {found} in its place")
+        except ValueError as error:  # webdataset's, of a member that comes twice
+            raise ShardError(path, f"record {index} is damaged ({error})", "malformed") from error
+        except (tarfile.TarError, EOFError) as error:
+            raise ShardError(path, f"record {index} is damaged ({error})", "altered") from error
+        if sample is None:
+            # where records follow, tarfile takes a header whose checksum is wrong for the end
+            reason = "altered" if index or any(data[:BLOCK]) else "empty"
+            raise ShardError(path, f"record {index} is missing: found the end of the tar in its place", reason)
+        if sample["__key__"] != record_key(index):
+            raise ShardError(path, f"record {index} is missing: found {sample['__key__']!r} in its place", "malformed")
         # Only the two members of our own are looked at, as raw numbers; nothing else is ever decoded.
         foreign = sample.keys() - {"__key__", "__url__", "bin", "len"}
         if foreign or "bin" not in sample or "len" not in sample:
             what = f"has the unexpected member {sorted(foreign)[0]!r}" if foreign else "lacks its .bin or .len"
-            raise ShardError(path, f"record {index} {what}")
+            raise ShardError(path, f"record {index} {what}", "foreign_member" if foreign else "malformed")
         if zlib.crc32(sample["len"], zlib.crc32(sample["bin"])) != crc:
-            raise ShardError(path, f"record {index} fails its crc32")
+            raise ShardError(path, f"record {index} fails its crc32", "altered")
         record = Record(np.frombuffer(sample["bin"], dtype), np.frombuffer(sample["len"], LENGTHS))
         if len(record.tokens) != tokens or len(record.lengths) != documents or record.lengths.sum() != tokens:
-            raise ShardError(path, f"record {index} doesn't hold its {documents} documents and {tokens} tokens")
+            problem = f"record {index} doesn't hold its {documents} documents and {tokens} tokens"
+            raise ShardError(path, problem, "malformed")
         yield record

@@ -5,47 +5,47 @@ wanted; every row brings the place of its lane after it. The parent deals the ch
 cursor in a Batch says what was delivered, however far the workers have read ahead.
 """
 
-import itertools
-import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
-from mlm_dist.lanes import (
-    BadShards,
-    Reader,
-    Rows,
-    announce,
-    concatenate,
-    lane_rows,
-    make_reader,
-    one_by_one,
-    own_lanes,
-    resolve_lanes,
-    stack,
-    windows_in_order,
-)
+from mlm_dist.lanes import Rows, Tap, concatenate, own_lanes, windows_in_order
+from mlm_dist.loader import LaneChunks, start_worker
 from mlm_dist.manifest import Manifest, ShardError
+from mlm_dist.mixture import (
+    Mixture,
+    SourceConfig,
+    Sources,
+    as_sources,
+    cursor_lane,
+    first_lane,
+    lanes_of,
+    mix,
+    places_in,
+)
 from mlm_dist.packing import hashed
 from mlm_dist.schema import ConfigError, setting
 from mlm_dist.vocab import Vocab
 
-# {"rows": rows delivered over all ranks, "lanes": [[epoch, window, row], ...], "bad_shards": [name, ...]}: plain JSON.
-# The lanes of other ranks are None until `merge_cursors` has put the ranks' cursors together.
+# Plain JSON: {"rows": rows delivered over all ranks, "lanes": [lane, ...], "bad_shards": {label: reason}}. A lane is
+# [epoch, window, row]; of several sources, [epoch, window, row, rows taken] for each in the order of their names. The
+# lanes of other ranks are None until `merge_cursors` has put the ranks' cursors together.
 Cursor = dict[str, Any]
-
-# A lane's next window takes some 10 ms; lanes need theirs at nearly the same time. This many micro-batches bridge that.
-CHUNKS_AHEAD = 8
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str = setting(help="the folder that shards/build.py made, or its URL: https, http, s3, gs, ...")
+    shards: str | None = setting(
+        None, help="the folder that shards/build.py made, or its URL: https, http, s3, gs, ..."
+    )
+    sources: dict[str, SourceConfig] | None = field(
+        default=None, metadata={"help": "or several folders with weights, by names of your own"}
+    )
     packing: Literal["best_fit", "pad"] = setting("best_fit", help="several documents a row, or one and padding")
     lanes: int | None = setting(
         None, low=1, help="streams that the order is made of; none: the largest power of two up to 64 and the shards"
@@ -58,6 +58,20 @@ class DataConfig:
     )
     cache_gb: float = setting(50.0, above=0, help="most that the shards there take, in 10^9 bytes")
     fetch_seconds: float = setting(600.0, above=0, help="how long a remote file is tried before it counts as missing")
+
+    def __post_init__(self) -> None:
+        if bool(self.shards) == bool(self.sources):
+            given = "both are given (null takes a parent's back)" if self.shards else "neither is given"
+            raise ConfigError(
+                f"name the data once, as shards: FOLDER or as sources: {{NAME: {{shards: FOLDER, weight: 1}}}}: {given}"
+            )
+        for name in self.sources or {}:
+            if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+                raise ConfigError(f"sources.{name}: a source's name is made of letters, digits, _ and -; rename it")
+
+    def folders(self) -> dict[str, SourceConfig]:
+        """The sources by name; a single folder is one without a name."""
+        return self.sources or {"": SourceConfig(self.shards or "")}
 
 
 @dataclass(frozen=True)
@@ -75,87 +89,11 @@ class Batch:
     segments: torch.Tensor  # (B, T) int16: 0 = padding, 1, 2, ... the pieces of documents in the row
     maskable: torch.Tensor  # (B,) int32, on the host: tokens that are no special id
     row_keys: torch.Tensor  # (B,) int64: names the row in any world size: hash of (epoch, lane, window, row)
+    sources: torch.Tensor  # (B,) int16, on the host: number of the row's source, by name; -1 = a row of padding
     cursor: Cursor | None  # stands after this batch; none in held-out batches
     tokens: int  # positions that are not padding
     documents: int  # documents that begin in the batch
-    bad_shards: tuple[str, ...] = ()  # shards that this rank has skipped so far
-
-
-class Tap:
-    """Rows from an iterator of blocks, as many at a time as are wanted."""
-
-    def __init__(self, blocks: Iterator[Rows]) -> None:
-        self.blocks = blocks
-        self.left: Rows | None = None
-
-    def take(self, count: int) -> Rows:
-        parts = []
-        while count:
-            if not self.left:
-                self.left = next(self.blocks)
-            parts.append(self.left[:count])
-            self.left = self.left[count:]
-            count -= len(parts[-1])
-        return concatenate(parts)
-
-
-class LaneChunks(IterableDataset):
-    """What one worker reads: endless chunks of rows of its lanes, one row of each in turn.
-
-    Yields (rows, names of bad shards so far), or a ShardError, and then ends.
-    """
-
-    def __init__(
-        self, reader: Reader, seed: int, start: Cursor, lanes: list[int], chunk_rows: int, max_bad_shards: int
-    ) -> None:
-        self.reader = reader
-        self.seed = seed
-        self.start = start
-        self.lanes = lanes
-        self.chunk_rows = chunk_rows
-        self.bad = BadShards(start["bad_shards"], max_bad_shards, reader.manifest)
-
-    def __iter__(self) -> Iterator[tuple[Rows, tuple[str, ...]] | ShardError]:
-        reader, places = self.reader, self.start["lanes"]
-        for lane in self.lanes:
-            announce(reader, self.seed, lane, len(places), places[lane])
-        lanes = [lane_rows(reader, self.seed, lane, len(places), places[lane], self.bad) for lane in self.lanes]
-        turns = itertools.cycle([one_by_one(lane) for lane in lanes])
-        try:
-            while True:
-                rows = [next(lane) for lane in itertools.islice(turns, self.chunk_rows)]
-                yield stack(rows), tuple(self.bad.names)
-        except ShardError as error:
-            yield error  # as a value: raised here, it would reach the parent as a traceback in another error's text
-
-
-def shield(worker: int) -> None:
-    """Set up a worker process. The parent decides when it ends: a signal to the whole group must not end it first."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def unchanged(chunk: Any) -> Any:
-    return chunk
-
-
-def start_worker(chunks: LaneChunks) -> Iterator:
-    """Read `chunks` in a process of its own.
-
-    Forked, since a spawned one imports everything anew (seconds); it touches neither the GPU nor the process group.
-    The arrays come through a pipe: no shared memory that could run out.
-    """
-    loader = DataLoader(
-        chunks,
-        batch_size=None,
-        collate_fn=unchanged,
-        num_workers=1,
-        prefetch_factor=CHUNKS_AHEAD,
-        worker_init_fn=shield,
-        generator=torch.Generator(),  # else it draws from the global one
-        multiprocessing_context="fork",
-    )
-    return iter(loader)
+    bad_shards: Mapping[str, str] = field(default_factory=dict)  # skipped on this rank so far: label -> reason
 
 
 # ---- batches
@@ -185,21 +123,28 @@ def accumulation(batch: BatchConfig, world_size: int) -> int:
     )
 
 
-def check(manifest: Manifest, vocab: Vocab, data: DataConfig, batch: BatchConfig, world_size: int) -> None:
+def check(shards: Manifest | Sources, vocab: Vocab, data: DataConfig, batch: BatchConfig, world_size: int) -> None:
     """Raise ConfigError if `train_batches` would."""
-    make_reader(manifest, vocab, batch.seq_len, data.packing, data.window_records)
-    resolve_lanes(len(manifest.shards), data.lanes, world_size)
+    check_held_out(shards, vocab, data, batch)
+    lanes_of(as_sources(shards), data.lanes, world_size)
     accumulation(batch, world_size)
 
 
-def check_held_out(manifest: Manifest, vocab: Vocab, data: DataConfig, batch: BatchConfig) -> None:
+def check_held_out(shards: Manifest | Sources, vocab: Vocab, data: DataConfig, batch: BatchConfig) -> None:
     """Raise ConfigError if `held_out_batches` would."""
-    make_reader(manifest, vocab, batch.seq_len, data.packing, data.window_records)
+    mix(as_sources(shards), vocab, batch.seq_len, data.packing, data.window_records)
 
 
-def first_cursor(lanes: int) -> Cursor:
+def first_cursor(lanes: int, sources: int = 1) -> Cursor:
     """The cursor of a run that begins."""
-    return {"rows": 0, "lanes": [[0, 0, 0]] * lanes, "bad_shards": []}
+    return {"rows": 0, "lanes": [first_lane(sources)] * lanes, "bad_shards": {}}
+
+
+def upgraded(cursor: Cursor) -> Cursor:
+    """A saved cursor as one of today: earlier ones list the bad shards without their reasons."""
+    if isinstance(cursor["bad_shards"], list):
+        return cursor | {"bad_shards": dict.fromkeys(cursor["bad_shards"], "unreadable")}
+    return cursor
 
 
 def merge_cursors(cursors: Sequence[Cursor]) -> Cursor:
@@ -209,12 +154,12 @@ def merge_cursors(cursors: Sequence[Cursor]) -> Cursor:
         next((place for place in places if place), None) for places in zip(*(c["lanes"] for c in cursors), strict=True)
     ]
     assert all(lanes), "a rank's cursor is missing"
-    bad_shards = sorted({name for cursor in cursors for name in cursor["bad_shards"]})
-    return {"rows": cursors[0]["rows"], "lanes": lanes, "bad_shards": bad_shards}
+    bad_shards = {label: reason for cursor in cursors for label, reason in cursor["bad_shards"].items()}
+    return {"rows": cursors[0]["rows"], "lanes": lanes, "bad_shards": dict(sorted(bad_shards.items()))}
 
 
 def train_batches(
-    manifest: Manifest,
+    shards: Manifest | Sources,
     vocab: Vocab,
     data: DataConfig,
     batch: BatchConfig,
@@ -225,15 +170,19 @@ def train_batches(
 ) -> "TrainBatches":
     """One rank's batches from a cursor on, or from the beginning.
 
-    The cursor may come from a run with other ranks, workers and micro-batches. Raises ConfigError as `check` does.
+    shards: a manifest, or several sources of the same tokenizer
+    start:  may come from a run with other ranks, workers and micro-batches
+
+    Raises ConfigError as `check` does.
     """
-    check(manifest, vocab, data, batch, world_size)
-    lanes = resolve_lanes(len(manifest.shards), data.lanes, world_size)
-    start = start or first_cursor(lanes)
+    check(shards, vocab, data, batch, world_size)
+    sources = as_sources(shards)
+    lanes = lanes_of(sources, data.lanes, world_size)
+    start = start or first_cursor(lanes, len(sources))
     if len(start["lanes"]) != lanes:
         raise ConfigError(f"the run began with {len(start['lanes'])} lanes, not {lanes}: set data.lanes back to that")
-    reader = make_reader(manifest, vocab, batch.seq_len, data.packing, data.window_records)
-    return TrainBatches(reader, data, micro_rows(batch, world_size), seed, world_rank, world_size, start)
+    mixture = mix(sources, vocab, batch.seq_len, data.packing, data.window_records)
+    return TrainBatches(mixture, data, micro_rows(batch, world_size), seed, world_rank, world_size, start)
 
 
 class TrainBatches(Iterator[Batch]):
@@ -241,7 +190,7 @@ class TrainBatches(Iterator[Batch]):
 
     def __init__(
         self,
-        reader: Reader,
+        mixture: Mixture,
         data: DataConfig,
         micro_rows: int,
         seed: int,
@@ -249,19 +198,20 @@ class TrainBatches(Iterator[Batch]):
         world_size: int,
         start: Cursor,
     ) -> None:
-        self.reader = reader
+        self.mixture = mixture
         self.micro_rows = micro_rows
         self.world_size = world_size
         self.start = start
         self.lanes = own_lanes(start["rows"], len(start["lanes"]), world_rank, world_size)
-        self.places = np.array([start["lanes"][lane] for lane in self.lanes])  # (own lanes, 3): where each stands
+        places = [places_in(start["lanes"][lane], len(mixture.readers)) for lane in self.lanes]
+        self.places = np.array(places)  # (own lanes, sources, 4): epoch, window, row, rows taken
         self.delivered = 0
-        self.bad = BadShards(start["bad_shards"], data.max_bad_shards, reader.manifest)
+        self.bad = mixture.bad_shards(start["bad_shards"], data.max_bad_shards)
 
         readers = max(1, min(data.workers, len(self.lanes)))
         chunk_rows = -(-micro_rows // readers)
         shares = [
-            LaneChunks(reader, seed, start, self.lanes[worker::readers], chunk_rows, data.max_bad_shards)
+            LaneChunks(mixture, seed, start, self.lanes[worker::readers], chunk_rows, data.max_bad_shards)
             for worker in range(readers)
         ]
         self.workers = [start_worker(share) for share in shares] if data.workers else []
@@ -273,9 +223,10 @@ class TrainBatches(Iterator[Batch]):
             if isinstance(chunk, ShardError):
                 raise chunk
             rows, bad_shards = chunk
-            for name in bad_shards:
-                path = self.reader.manifest.place(name)
-                self.bad.add(name, ShardError(path, "is damaged or missing, and one more than data.max_bad_shards"))
+            for label in bad_shards.keys() - self.bad.reasons.keys():
+                reason = bad_shards[label]
+                problem = f"is {reason.replace('_', ' ')}, and one more than data.max_bad_shards"
+                self.bad.add(label, ShardError(self.mixture.path(label), problem, reason))
             yield rows
 
     def __next__(self) -> Batch:
@@ -287,23 +238,24 @@ class TrainBatches(Iterator[Batch]):
         if len(self.taps) == 1:
             rows = self.taps[0].take(self.micro_rows)
         else:
-            rows = self.reader.blank_rows(self.micro_rows)
+            rows = self.mixture.blank_rows(self.micro_rows)
             for worker, tap in enumerate(self.taps):
                 mine = np.flatnonzero(turns % len(self.taps) == worker)
                 if len(mine):
                     rows[mine] = tap.take(len(mine))
         self.delivered += self.micro_rows
-        last = slice(-len(self.lanes), None)
-        self.places[turns[last]] = rows.facts["after"][last]
-        return as_batch(rows, self.cursor(), tuple(sorted(self.bad.names)))
+        sources = rows.facts["source"]
+        self.places[turns, sources, :3] = rows.facts["after"]  # of a lane's rows of a source, the last one stands
+        np.add.at(self.places, (turns, sources, 3), 1)
+        return as_batch(rows, self.cursor(), dict(sorted(self.bad.reasons.items())))
 
     def cursor(self) -> Cursor:
         """Where the run stands after the rows delivered so far; the other ranks' lanes are None."""
-        lanes: list[list[int] | None] = [None] * len(self.start["lanes"])
-        for lane, place in zip(self.lanes, self.places.tolist(), strict=True):
-            lanes[lane] = place
+        lanes: list[list | None] = [None] * len(self.start["lanes"])
+        for lane, places in zip(self.lanes, self.places.tolist(), strict=True):
+            lanes[lane] = cursor_lane(places)
         rows = self.start["rows"] + self.delivered * self.world_size
-        return {"rows": rows, "lanes": lanes, "bad_shards": sorted(self.bad.names)}
+        return {"rows": rows, "lanes": lanes, "bad_shards": dict(sorted(self.bad.reasons.items()))}
 
     def close(self) -> None:
         """End the worker processes. Nothing can be taken after it."""
@@ -324,7 +276,7 @@ class TrainBatches(Iterator[Batch]):
         self.close()
 
 
-def as_batch(rows: Rows, cursor: Cursor | None, bad_shards: tuple[str, ...] = ()) -> Batch:
+def as_batch(rows: Rows, cursor: Cursor | None, bad_shards: Mapping[str, str] | None = None) -> Batch:
     """Rows as tensors; in pinned memory where they will be copied to a GPU."""
     pin = torch.cuda.is_initialized()
     ids = torch.empty(rows.ids.shape, dtype=torch.int32, pin_memory=pin)
@@ -336,15 +288,16 @@ def as_batch(rows: Rows, cursor: Cursor | None, bad_shards: tuple[str, ...] = ()
         segments=segments,
         maskable=torch.from_numpy(rows.facts["maskable"].copy()),
         row_keys=torch.from_numpy(rows.facts["key"].copy()),
+        sources=torch.from_numpy(rows.facts["source"].astype(np.int16)),
         cursor=cursor,
         tokens=int(rows.facts["tokens"].sum()),
         documents=int(rows.facts["documents"].sum()),
-        bad_shards=bad_shards,
+        bad_shards=bad_shards or {},
     )
 
 
 def held_out_batches(
-    manifest: Manifest,
+    shards: Manifest | Sources,
     vocab: Vocab,
     data: DataConfig,
     batch: BatchConfig,
@@ -352,28 +305,38 @@ def held_out_batches(
     world_size: int,
     max_rows: int | None = None,
 ) -> Iterator[Batch]:
-    """One pass over the held-out rows, or the first `max_rows` of them: this rank's share.
+    """One pass over the held-out rows, or `max_rows` of them: this rank's share.
 
+    Sources are read one after the other; the first rows of each make an equal part of `max_rows`.
     Row g goes to rank g % world_size. All ranks get the same number of batches; what is missing in the last is padding.
     Every rank reads all windows: the shares are then even to a row, and no rank waits for another's last batch.
     """
-    reader = make_reader(manifest, vocab, batch.seq_len, data.packing, data.window_records)
-    pending = reader.blank_rows(0)
+    mixture = mix(as_sources(shards), vocab, batch.seq_len, data.packing, data.window_records)
+    pending = mixture.blank_rows(0)
     rows = batches = 0
-    for number, window in enumerate(windows_in_order(manifest, data.window_records)):
-        block = reader.read(window, window.shard, window.first)
-        block.facts["key"] = hashed(0, 0, number, np.arange(len(block))).view(np.int64)
-        if max_rows is not None:
-            block = block[: max_rows - rows]
+    for block in held_out_rows(mixture, max_rows):
         pending = concatenate([pending, block[(world_rank - rows) % world_size :: world_size]])
         rows += len(block)
         while len(pending) >= batch.micro_rows:
             yield as_batch(pending[: batch.micro_rows], None)
             pending = pending[batch.micro_rows :]
             batches += 1
-        if rows == max_rows:
-            break
     if batches * batch.micro_rows * world_size < rows:
-        last = reader.blank_rows(batch.micro_rows)
+        last = mixture.blank_rows(batch.micro_rows)
         last[: len(pending)] = pending
         yield as_batch(last, None)
+
+
+def held_out_rows(mixture: Mixture, max_rows: int | None) -> Iterator[Rows]:
+    """All held-out rows, or so many of them, window by window."""
+    count = len(mixture.readers)
+    for place, reader in enumerate(mixture.readers):
+        left = None if max_rows is None else max_rows * (place + 1) // count - max_rows * place // count
+        for number, window in enumerate(windows_in_order(reader.manifest, reader.window_records)):
+            if left == 0:
+                break
+            block = reader.read(window, window.shard, window.first)
+            block.facts["key"] = hashed(0, reader.source, number, np.arange(len(block))).view(np.int64)
+            block = block[:left]
+            left = None if left is None else left - len(block)
+            yield block

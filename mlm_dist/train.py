@@ -6,23 +6,24 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mlm_dist import checkpoint, config, masking, models, optim, remote, schema, stream, vocab, world
+from mlm_dist import checkpoint, config, masking, mixture, models, optim, remote, schema, stream, vocab, world
 from mlm_dist.cache import make_cache
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
 from mlm_dist.engine import Engine, resolve_precision
 from mlm_dist.evaluate import evaluate
-from mlm_dist.manifest import Manifest, ShardError
-from mlm_dist.metrics import Meter
+from mlm_dist.manifest import ShardError
+from mlm_dist.metrics import Meter, bad_shard_numbers
+from mlm_dist.mixture import Sources
 from mlm_dist.mlm import MLM
 from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch
@@ -47,12 +48,14 @@ class Run:
     folder: Path
     world: World
     vocab: Vocab
-    valid: Manifest | None
+    valid: Sources  # those that have held-out rows
     engine: Engine
     state: State
     meter: Meter
     tracker: Tracker
     batches: Iterator[Batch]
+    bad_shards: dict[str, str] = field(default_factory=dict)  # those of all ranks that were told: label -> reason
+    bad_shards_seen: int = 0  # the sum over the ranks of what each has met
 
 
 def train(cfg: RunConfig) -> int:
@@ -109,11 +112,12 @@ def loop(run: Run, stop: StopFlag) -> int:
         advance(run, micro_batches, tokens, time.perf_counter() - started)
 
         last = state.step == state.total_steps
-        to_evaluate = run.valid is not None and (last or state.step % cfg.evaluate.every_steps == 0)
+        to_evaluate = bool(run.valid) and (last or state.step % cfg.evaluate.every_steps == 0)
         to_save = last or state.step % cfg.checkpoint.every_steps == 0
         if to_evaluate or to_save or state.step % cfg.log.every_steps == 0:
             numbers = run.meter.report() | {"lr": lr, "grad_norm": run.engine.grad_norm()}
-            run.tracker.log(state.step, numbers | {"skipped_steps": state.skipped_steps}, state.tokens)
+            numbers |= {"skipped_steps": state.skipped_steps} | bad_shard_numbers(run.bad_shards)
+            run.tracker.log(state.step, numbers, state.tokens)
             if not math.isfinite(numbers["loss"]):
                 run.tracker.say(
                     f"the loss is not finite at step {state.step}: the run ends, the last checkpoint stands"
@@ -142,12 +146,35 @@ def agree(run: Run, micro_batches: list[Batch], rate: float, stop: bool, problem
     after a save of what was trained so far.
     """
     targets = sum(int(masking.targets_of(batch.maskable, rate).sum()) for batch in micro_batches)
-    mine = [targets, sum(batch.tokens for batch in micro_batches), int(stop), int(problem is not None)]
-    targets, tokens, stopping, failing = run.world.sum(torch.tensor(mine)).tolist()
+    bad_shards = micro_batches[-1].bad_shards if micro_batches else {}
+    tokens = sum(batch.tokens for batch in micro_batches)
+    mine = [targets, tokens, len(bad_shards), int(stop), int(problem is not None)]
+    targets, tokens, bad_shards_seen, stopping, failing = run.world.sum(torch.tensor(mine)).tolist()
+    if not failing and bad_shards_seen != run.bad_shards_seen:
+        run.bad_shards_seen = bad_shards_seen
+        problem = tell_bad_shards(run, bad_shards)
+        failing = problem is not None
     if failing:
         save(run)
         raise ShardError(next(text for text in run.world.gather(problem) if text))
     return targets, tokens, stopping > 0
+
+
+def tell_bad_shards(run: Run, mine: Mapping[str, str]) -> str | None:
+    """Say which shards were skipped since the last time, on any rank. Returns what is wrong if they are too many."""
+    new = {label: reason for part in run.world.gather(dict(mine)) for label, reason in part.items()}
+    new = {label: new[label] for label in sorted(new.keys() - run.bad_shards.keys())}
+    run.bad_shards |= new
+    most = run.config.data.max_bad_shards
+    for label, reason in new.items():
+        run.tracker.say(f"shard {label} is skipped from here on: {reason.replace('_', ' ')}")
+    if not new or len(run.bad_shards) <= most:
+        return None
+    names = ", ".join(f"{label} ({reason.replace('_', ' ')})" for label, reason in sorted(run.bad_shards.items()))
+    return (
+        f"{len(run.bad_shards)} shards are damaged or missing, more than data.max_bad_shards = {most}: {names}; "
+        "put them right, or allow more"
+    )
 
 
 def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -> None:
@@ -169,7 +196,6 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
 def evaluate_now(run: Run, to_save: bool) -> None:
     """Held-out loss of the weights as they stand, logged; the lowest of those that are saved is remembered."""
     cfg, state, started = run.config, run.state, time.perf_counter()
-    assert run.valid is not None
     batches = stream.held_out_batches(
         run.valid, run.vocab, cfg.data, cfg.batch, run.world.rank, run.world.size, max_rows=cfg.evaluate.max_rows
     )
@@ -198,11 +224,12 @@ def save(run: Run) -> None:
 
 def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
     """Build the run on this rank, at its newest whole checkpoint where there is one."""
-    manifest, valid, tokenizer = open_data(cfg, here.size)
-    if len(set(here.gather(manifest.hash))) > 1:
-        raise ConfigError(f"the ranks found different manifests at {cfg.data.shards}; start again when it is settled")
+    sources, valid, tokenizer = open_data(cfg, here.size)
+    folders = " and ".join(folder.shards for folder in cfg.data.folders().values())
+    if len(set(here.gather(mixture.hash_of(sources)))) > 1:
+        raise ConfigError(f"the ranks found different manifests at {folders}; start again when it is settled")
     facts = {
-        "manifest": manifest.hash,
+        "manifest": mixture.hash_of(sources),
         "tokenizer": tokenizer.fingerprint,
         "precision": resolve_precision(cfg.engine, here.device),
         "config": schema.to_mapping(cfg),
@@ -224,30 +251,33 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
         (folder / "config.yaml").write_text(schema.to_yaml(cfg))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     tracker.start(state.step)
-    if valid is None:
-        tracker.say(f"{cfg.data.shards} holds no held-out documents: nothing is evaluated")
-    if manifest.source and not manifest.source.roomy(stream.resolve_lanes(len(manifest.shards), cfg.data.lanes, 1)):
+    if not valid:
+        tracker.say(f"{folders} holds no held-out documents: nothing is evaluated")
+    if not mixture.is_roomy(sources, cfg.data.lanes):
         tracker.say(
             f"data.cache_gb = {cfg.data.cache_gb:g} doesn't hold two shards of every lane: they are not fetched ahead, "
             "and perhaps more than once an epoch"
         )
     batches = stack.enter_context(
-        stream.train_batches(manifest, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
+        stream.train_batches(sources, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
     )
-    return Run(cfg, folder, here, tokenizer, valid, engine, state, Meter(here, flops), tracker, batches)
+    meter = Meter(here, flops, [source.name for source in sources] if len(sources) > 1 else ())
+    bad_shards = dict(state.cursor["bad_shards"]) if state.cursor else {}
+    return Run(cfg, folder, here, tokenizer, valid, engine, state, meter, tracker, batches, bad_shards)
 
 
-def open_data(cfg: RunConfig, world_size: int) -> tuple[Manifest, Manifest | None, Vocab]:
-    """Training shards, held-out shards where there are any, and their tokenizer. Raises ConfigError for a misfit."""
-    root = cfg.data.shards
+def open_data(cfg: RunConfig, world_size: int) -> tuple[Sources, Sources, Vocab]:
+    """Training sources, those with held-out shards, and their tokenizer. Raises ConfigError for a misfit."""
+    folders = cfg.data.folders()
     cache = make_cache(cfg.data.cache_dir, cfg.data.cache_gb, cfg.data.fetch_seconds)
-    manifest = remote.open_split(remote.join(root, "train"), cache)
+    sources = mixture.open_sources(folders, "train", cache)
+    root = folders[sources[0].name].shards
     tokenizer = vocab.load(remote.open_tokenizer(remote.join(root, "tokenizer"), cache))
-    stream.check(manifest, tokenizer, cfg.data, cfg.batch, world_size)
-    valid = remote.find_split(remote.join(root, "valid"), cache)
-    if valid is not None:
+    stream.check(sources, tokenizer, cfg.data, cfg.batch, world_size)
+    valid = mixture.open_sources(folders, "valid", cache)
+    if valid:
         stream.check_held_out(valid, tokenizer, cfg.data, cfg.batch)
-    return manifest, valid, tokenizer
+    return sources, valid, tokenizer
 
 
 def objective(cfg: RunConfig, transformer: torch.nn.Module, tokenizer: Vocab) -> MLM:
@@ -272,13 +302,14 @@ def resumed_state(cfg: RunConfig, folder: Path, saved: Path | None, facts: dict[
         changes.append(f"engine.precision came to {state.facts['precision']} and comes to {facts['precision']} now")
     for name in ("manifest", "tokenizer"):
         if state.facts[name] != facts[name]:
-            changes.append(f"the {name} of data.shards is another")
+            changes.append(f"the {name} of {'data.shards' if cfg.data.shards else 'data.sources'} is another")
     if changes:
         raise ConfigError(f"{folder} can't be resumed: {'; '.join(changes)}; change it back, or set another run.dir")
     if cfg.run.hours is None or cfg.run.hours != state.facts["config"]["run"]["hours"]:
         total = config.total_steps(cfg)
         state.total_steps = total if total is None else max(total, state.step)
     state.facts = facts
+    state.cursor = stream.upgraded(state.cursor) if state.cursor else None
     return state
 
 

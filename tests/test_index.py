@@ -537,7 +537,7 @@ def test_a_bad_shard_can_be_skipped(indexed: Path, known: Vocab) -> None:
     (indexed / "train" / "part 2.tar").write_bytes(b"")
     data = DataConfig("unused", lanes=LANES, window_records=2, workers=1, max_bad_shards=1)
     with train_batches(manifest, known, data, BatchConfig(SEQ_LEN, 8, 8), SEED, 0, 1) as batches:
-        assert any(batch.bad_shards == ("part 2.tar",) for batch in itertools.islice(batches, 100))
+        assert any("part 2.tar" in batch.bad_shards for batch in itertools.islice(batches, 100))
 
 
 def test_tokens_that_come_out_otherwise_are_refused(

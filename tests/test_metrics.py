@@ -6,7 +6,7 @@ from ranks import on_ranks
 
 from mlm_dist import world
 from mlm_dist.engine import StepSums
-from mlm_dist.metrics import METRICS, Meter, measured_peak_flops, peak_flops
+from mlm_dist.metrics import METRICS, Meter, bad_shard_numbers, measured_peak_flops, peak_flops
 from mlm_dist.stream import Batch
 
 
@@ -15,13 +15,14 @@ def sums(loss: float, targets: int, correct: int, by_mask: int, by_random: int) 
     return StepSums(torch.tensor(loss), *(torch.tensor(count) for count in counts))
 
 
-def batch(maskable: list[int], tokens: int) -> Batch:
+def batch(maskable: list[int], tokens: int, sources: tuple[int, int] = (0, -1)) -> Batch:
     rows = len(maskable)
     return Batch(
         ids=torch.zeros(rows, 16, dtype=torch.int32),
         segments=torch.ones(rows, 16, dtype=torch.int16),
         maskable=torch.tensor(maskable, dtype=torch.int32),
         row_keys=torch.arange(rows),
+        sources=torch.tensor(sources, dtype=torch.int16),
         cursor=None,
         tokens=tokens,
         documents=rows,
@@ -59,6 +60,27 @@ def test_the_numbers_are_those_of_both_ranks_together() -> None:
     assert (first["by_mask"], first["by_random"], first["kept"]) == pytest.approx((9 / 11, 1 / 11, 1 / 11))
     assert first["packing"] == pytest.approx(74 / 128)
     assert one["second"]["loss"] == pytest.approx(22 / 5), "a report starts again"
+
+
+def report_sources() -> list[dict[str, float]]:
+    with world.join(60) as here:
+        meter = Meter(here, 1.0, sources=("law", "web"))
+        pairs = {0: (0, 0), 1: (1, -1)}  # by rank; -1 is a row of padding
+        meter.add(sums(1.0, 1, 1, 1, 0), [batch([4, 4], 8, pairs[here.rank])], 0.0)
+        return [meter.report(), meter.report()]
+
+
+def test_each_sources_share_of_the_rows_of_all_ranks_is_reported() -> None:
+    one, other = on_ranks(2, report_sources)
+    shares = [{name: value for name, value in report.items() if name.startswith("source/")} for report in one + other]
+    assert shares[0] == shares[2] == {"source/law": 2 / 3, "source/web": 1 / 3}
+    assert shares[1] == {"source/law": 0.0, "source/web": 0.0}, "a report starts again"
+
+
+def test_bad_shards_are_counted_in_all_and_by_reason() -> None:
+    reasons = {"000001.tar": "altered", "law/000001.tar": "missing", "law/000002.tar": "altered"}
+    assert bad_shard_numbers(reasons) == {"bad_shards": 3, "bad_shards/altered": 2, "bad_shards/missing": 1}
+    assert bad_shard_numbers({}) == {}
 
 
 def test_nothing_seen_is_not_a_division_by_zero() -> None:

@@ -185,7 +185,7 @@ def test_a_shard_that_never_comes_counts_as_bad(toy: Path, server: Server, cache
     manifest = open_split(f"{server.address}/train", cache)
     with pytest.raises(ShardError, match=r"000003\.tar: can't be fetched: the server said 404"):
         batches_of(manifest, toy, 100, workers)
-    assert batches_of(manifest, toy, 100, workers, bad=1)[-1].bad_shards == ("000003.tar",)
+    assert batches_of(manifest, toy, 100, workers, bad=1)[-1].bad_shards == {"000003.tar": "unreachable"}
 
 
 def test_a_trickle_ends_at_the_deadline(server: Server, cache: Cache) -> None:

@@ -397,6 +397,56 @@ def test_the_first_mistake_wins_whatever_the_order(here: Path) -> None:
     assert "optim.lr" in refusal("optim: {lr: x, betas: x}")
 
 
+# ---- mappings of sections
+
+
+@dataclass(frozen=True)
+class Part:
+    path: str
+    share: float = setting(1.0, above=0, help="of all")
+
+
+@dataclass(frozen=True)
+class Whole:
+    parts: dict[str, Part] = setting({"a": Part("A")})  # noqa: RUF009
+    others: dict[str, Part] | None = None
+
+
+def test_a_mapping_of_sections_is_read_merged_and_written_back(here: Path) -> None:
+    Path("p.yaml").write_text("others:\n  x: {path: X, share: 0.5}\n  y: {path: Y}\n")
+    Path("c.yaml").write_text("extends: p.yaml\nothers: {y: {share: 2}, z: {path: Z}}\n")
+    whole = load(Whole, "c.yaml", ["others.x.share=1e-1", "others.w={path: W}"])
+    assert whole.others == {"x": Part("X", 0.1), "y": Part("Y", 2.0), "z": Part("Z"), "w": Part("W")}
+    assert whole.parts == {"a": Part("A")}
+    Path("again.yaml").write_text(to_yaml(whole))
+    assert load(Whole, "again.yaml") == whole == from_mapping(Whole, to_mapping(whole))
+    assert flatten(to_mapping(whole))["others.x.share"] == 0.1
+    assert load(Whole, "again.yaml", ["others=null"]).others is None
+
+
+def test_a_mapping_of_sections_is_as_strict_as_a_section(here: Path) -> None:
+    Path("c.yaml").write_text("others: {x: {path: X}}\n")
+    cases = {
+        "others.x.shre=1": "others.x.shre is no setting; did you mean others.x.share?",
+        "others.x.share=0": "others.x.share must be a finite number (above 0), got 0",
+        "others.y.share=1": "others.y.path is missing; it must be text",
+        "others.y=": "others.y must be a section with keys among path, share, got nothing",
+        "others.x=null": "others.x must be a section with keys among path, share, got null",
+        "others=[x]": "others must be a mapping of sections or null, got a list",
+        "parts=null": "parts must be a mapping of sections, got null",
+    }
+    for text, message in cases.items():
+        with pytest.raises(ConfigError) as caught:
+            load(Whole, "c.yaml", [text])
+        assert message in str(caught.value), str(caught.value)
+
+
+def test_help_names_the_keys_of_a_mapping_of_sections() -> None:
+    squeezed = [" ".join(line.split()) for line in help_text(Whole).splitlines()]
+    assert "others.NAME.path str, required" in squeezed
+    assert "others.NAME.share float (above 0) = 1.0 # of all" in squeezed
+
+
 # ---- what is written reads back
 
 text = st.one_of(

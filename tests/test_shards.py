@@ -208,8 +208,9 @@ GOOD = ["00000000.bin", "00000000.len", "00000001.bin", "00000001.len"]
 )
 def test_foreign_members_are_refused_and_nothing_runs(tmp_path: Path, names: list[str], problem: str) -> None:
     manifest = forged(tmp_path / "split", names, pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(ShardError, match=problem):
+    with pytest.raises(ShardError, match=problem) as refused:
         list(read_records(manifest, 0))
+    assert refused.value.reason == ("foreign_member" if "unexpected" in problem else "malformed")
     assert [path.name for path in tmp_path.iterdir()] == ["split"]
 
 
@@ -242,6 +243,20 @@ def test_an_error_survives_its_way_to_another_process() -> None:
     error = pickle.loads(pickle.dumps(ShardError(Path("a/000000.tar"), "fails its crc32")))
     assert str(error) == f"a/000000.tar: fails its crc32; {manifests.REBUILD}"
     assert str(ShardError("a sentence")) == "a sentence"
+    error = pickle.loads(pickle.dumps(ShardError(Path("a/000000.tar"), "fails its crc32", "altered")))
+    assert str(error) == f"a/000000.tar: fails its crc32; {manifests.REBUILD}" and error.reason == "altered"
+
+
+def test_a_reason_that_the_file_system_gives(tmp_path: Path) -> None:
+    manifest, _ = split(tmp_path, (5,))
+    (tmp_path / "000000.tar").unlink()
+    with pytest.raises(ShardError) as refused:
+        list(read_records(manifest, 0))
+    assert refused.value.reason == "missing"
+    (tmp_path / "000000.tar").mkdir()
+    with pytest.raises(ShardError, match="can't be read") as refused:
+        list(read_records(manifest, 0))
+    assert refused.value.reason == "unreadable"
 
 
 # ---- damage in the manifest
@@ -287,6 +302,7 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path: Path, key: str, value: 
     ("key", "value", "problem"),
     [
         ("name", "../000000.tar", "is named"),
+        ("name", "pipe:touch ran", "is named"),
         ("samples", 2, "7 records in the shards, 8 in"),
         ("tokens", 1, "count differently"),
     ],

@@ -1,10 +1,13 @@
 """The stream: one order for any ranks and workers, every document once an epoch, exact resume, no silent loss."""
 
+import io
 import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import signal
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +32,7 @@ from mlm_dist.stream import (
     held_out_batches,
     merge_cursors,
     train_batches,
+    upgraded,
 )
 from mlm_dist.vocab import Vocab
 
@@ -258,7 +262,7 @@ def test_shards_and_rows_stand_in_another_order_in_each_epoch(manifest):
     orders = [lanes.LaneEpoch(manifest, 2, seed, epoch, 0, 1).shards for seed, epoch in ((7, 0), (7, 1), (8, 0))]
     assert len(set(map(tuple, orders))) == 3 and all(sorted(order) == list(range(SHARDS)) for order in orders)
     reader = lanes.make_reader(manifest, VOCAB, ROW_TOKENS, "best_fit", 2)
-    rows = lanes.lane_rows(reader, SEED, 0, SHARDS, [0, 0, 0], lanes.BadShards([], 0, manifest))
+    rows = lanes.lane_rows(reader, SEED, 0, SHARDS, [0, 0, 0], lanes.BadShards({}, 0, {"": SHARDS}))
     by_window: dict[int, list] = {}
     for _, block in zip(range(60), rows, strict=False):  # some shards come to this lane more than once
         by_window.setdefault(int(block.ids[block.segments > 0].astype(int).sum()), []).append(block.ids.tolist())
@@ -305,7 +309,7 @@ def test_a_batch_states_its_facts(tmp_path):
     with open_rank(small, 0, 1, 4, lanes=1) as batches:
         batch = next(batches)
     assert (batch.ids.dtype, batch.segments.dtype, batch.maskable.dtype) == (torch.int32, torch.int16, torch.int32)
-    assert batch.row_keys.dtype == torch.int64
+    assert (batch.row_keys.dtype, batch.sources.dtype) == (torch.int64, torch.int16)
     assert batch.ids.shape == batch.segments.shape == (4, ROW_TOKENS)
     assert batch.tokens == int((batch.segments > 0).sum()) == 3 + 40 + 4 * 2
     assert batch.documents == 2
@@ -417,8 +421,10 @@ def test_another_tokenizer_is_refused(manifest):
 def test_an_id_that_the_tokenizer_does_not_have_is_refused(tmp_path):
     write_split(tmp_path, [[Record(np.array([10, 60_000]), np.array([2]))]], VOCAB.size, VOCAB.fingerprint)
     with open_rank(load_manifest(tmp_path), 0, 1, 1, lanes=1) as batches:
-        with pytest.raises(ShardError, match=r"000000.tar: holds token id 60000, and the tokenizer only has 60000 ids"):
+        said = r"000000.tar: holds token id 60000, and the tokenizer only has 60000 ids"
+        with pytest.raises(ShardError, match=said) as refused:
             next(batches)
+    assert refused.value.reason == "foreign_ids"
 
 
 def test_shards_without_a_token_are_refused(tmp_path):
@@ -447,7 +453,62 @@ def delete(shard: Path, data: bytearray) -> None:
     shard.unlink()
 
 
-DAMAGES = [truncate, flip_payload, flip_header, delete]
+def empty(shard: Path, data: bytearray) -> None:
+    shard.write_bytes(b"")
+
+
+def remove_members(shard: Path, data: bytearray) -> None:
+    shard.write_bytes(bytes(10_240))  # as `tar -cf` writes it of no files
+
+
+def edit_members(shard: Path, edit) -> None:
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()]
+    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, content in edit(members):
+            tar.addfile(member, io.BytesIO(content))
+
+
+def drop_member(shard: Path, data: bytearray) -> None:
+    edit_members(shard, lambda members: members[:1] + members[2:])
+
+
+def reorder_members(shard: Path, data: bytearray) -> None:
+    edit_members(shard, lambda members: [*members[:4:2], *members[1:4:2], *members[4:]])
+
+
+def swap_records(shard: Path, data: bytearray) -> None:
+    shard.write_bytes(data[2048:4096] + data[:2048] + data[4096:])
+
+
+def plant_code(shard: Path, data: bytearray) -> None:
+    """A member that creates the file RAN where it is unpickled."""
+    member, payload = tarfile.TarInfo("00000000.pyd"), pickle.dumps(Payload(shard.parent / "RAN"))
+    member.size = len(payload)
+    edit_members(shard, lambda members: [*members[:2], (member, payload), *members[2:]])
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+REASONS = {
+    truncate: "truncated",
+    flip_payload: "altered",
+    flip_header: "altered",
+    delete: "missing",
+    empty: "empty",
+    remove_members: "empty",
+    drop_member: "malformed",
+    reorder_members: "malformed",
+    swap_records: "malformed",
+    plant_code: "foreign_member",
+}
+DAMAGES = list(REASONS)
 
 
 def damage(manifest: Manifest, shard: int, how) -> str:
@@ -469,15 +530,16 @@ def test_a_bad_shard_ends_the_run_and_is_named(own_manifest, how, workers):
 @pytest.mark.parametrize("how", DAMAGES)
 def test_within_the_budget_a_bad_shard_is_skipped_and_reported(own_manifest, how):
     name = damage(own_manifest, 3, how)
-    delivered, seen = [], ()
+    delivered, seen = [], {}
     with open_rank(own_manifest, 0, 1, 1, lanes=1, max_bad_shards=1) as batches:
         for batch in batches:
             delivered += pieces(batch)
-            assert set(seen) <= set(batch.bad_shards)
+            assert seen.items() <= batch.bad_shards.items()
             seen = batch.bad_shards
             if batch.cursor["lanes"][0][0] == 1:
                 break
-    assert seen == (name,) and batch.cursor["bad_shards"] == [name]
+    assert seen == batch.cursor["bad_shards"] == {name: REASONS[how]}
+    assert not (own_manifest.path / "RAN").exists()
     missing = sorted((Counter(expected_pieces(list(range(SHARDS)))) - Counter(delivered)).elements())
     assert Counter(delivered) <= Counter(expected_pieces(list(range(SHARDS))))
     if how is truncate:  # the windows before the cut were delivered
@@ -498,6 +560,18 @@ def test_the_order_with_a_bad_shard_survives_a_resume_and_any_workers(own_manife
                 assert rows_of(batch) == rows_of(expected)
                 assert batch.cursor["lanes"] == expected.cursor["lanes"]
     assert batch.bad_shards == whole[-1].bad_shards
+
+
+def test_a_cursor_that_lists_bad_shards_without_reasons_still_loads(own_manifest):
+    name = damage(own_manifest, 3, delete)
+    with open_rank(own_manifest, 0, 1, 4, max_bad_shards=1) as batches:
+        whole = list(itertools.islice(batches, 60))
+    earlier = whole[39].cursor | {"bad_shards": [name]}
+    with open_rank(own_manifest, 0, 1, 4, upgraded(earlier), max_bad_shards=1) as batches:
+        for expected, batch in zip(whole[40:], batches, strict=False):
+            assert rows_of(batch) == rows_of(expected)
+    assert batch.bad_shards == {name: "unreadable"}
+    assert upgraded(whole[39].cursor) == whole[39].cursor
 
 
 def test_a_window_that_goes_bad_between_its_rows_loses_no_other(own_manifest):
@@ -540,8 +614,8 @@ def test_bad_shards_of_all_ranks_are_in_the_merged_cursor(own_manifest):
     for rank in range(2):
         with open_rank(own_manifest, rank, 2, 2, max_bad_shards=1) as batches:
             cursors.append(next(batches).cursor)
-    assert [cursor["bad_shards"] for cursor in cursors] == [[names[0]], [names[1]]]
-    assert merge_cursors(cursors)["bad_shards"] == sorted(names)
+    assert [cursor["bad_shards"] for cursor in cursors] == [{names[0]: "missing"}, {names[1]: "missing"}]
+    assert merge_cursors(cursors)["bad_shards"] == dict.fromkeys(sorted(names), "missing")
 
 
 def test_the_budget_is_not_renewed_by_a_resume(own_manifest):

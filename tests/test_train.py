@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import toy_documents, write_toy_split
 from launching import ROOT, TINY, metrics, overridden, pretrain, run, start_pretrain, wait_for
 from ranks import on_ranks
 
-from mlm_dist import checkpoint, config, train, world
+from mlm_dist import checkpoint, config, lanes, train, vocab, world
+from mlm_dist.manifest import load_manifest
 from mlm_dist.world import StopFlag
 
 pytestmark = pytest.mark.slow
@@ -192,6 +194,74 @@ def test_a_damaged_shard_ends_both_ranks_and_loses_no_step(toy: Path, tmp_path: 
     assert (status["status"], status["exit_code"]) == ("failed", 2)
     if status["step"]:
         assert checkpoint.find(tmp_path / "run").name == checkpoint.step_name(status["step"])
+
+
+def damage(split: Path, *numbers: int) -> None:
+    for number in numbers:
+        tar = split / f"{number:06d}.tar"
+        data = bytearray(tar.read_bytes())
+        data[512 + 3] ^= 1
+        tar.write_bytes(data)
+
+
+def test_skipped_shards_are_said_once_and_logged_over_both_ranks(toy: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(toy, shards)
+    manifest = load_manifest(toy / "train")
+    # those that lanes 0 and 1, of ranks 0 and 1, begin with
+    bad = [lanes.LaneEpoch(manifest, 64, 1337, 0, lane, 4).shards[0] for lane in (0, 1)]
+    damage(shards / "train", *bad)
+    done = pretrain(shards, tmp_path / "run", "run.steps=4", "data.lanes=4", "data.max_bad_shards=2")
+    assert done.returncode == 0, done.stdout
+    for shard in bad:
+        assert done.stdout.count(f"shard {shard:06d}.tar is skipped from here on: altered") == 1
+    assert list(metrics(tmp_path / "run", "bad_shards").items()) == [(step, 2) for step in (1, 2, 3, 4)]
+    assert metrics(tmp_path / "run", "bad_shards/altered")[4] == 2
+    again = pretrain(shards, tmp_path / "run", "run.steps=6", "data.lanes=4", "data.max_bad_shards=2")
+    assert again.returncode == 0 and "is skipped" not in again.stdout, again.stdout
+    assert metrics(tmp_path / "run", "bad_shards")[6] == 2
+    # one on each rank is two in all
+    ended = pretrain(shards, tmp_path / "other", "run.steps=4", "data.lanes=4", "data.max_bad_shards=1")
+    assert ended.returncode == 2 and "Traceback" not in ended.stdout
+    assert "2 shards are damaged or missing, more than data.max_bad_shards = 1: " in ended.stdout
+
+
+@pytest.fixture(scope="module")
+def mixed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides for two sources of the same tokenizer, of 8 and 4 shards."""
+    folder = tmp_path_factory.mktemp("web")
+    shutil.copytree(toy / "tokenizer", folder / "tokenizer")
+    tokenizer = vocab.load(folder / "tokenizer")
+    write_toy_split(folder / "train", tokenizer, toy_documents(120, seed=3), 4)
+    write_toy_split(folder / "valid", tokenizer, toy_documents(20, seed=4), 1)
+    return (
+        "data.shards=null", f"data.sources.law.shards={toy}", "data.sources.law.weight=0.7",
+        f"data.sources.web.shards={folder}", "data.sources.web.weight=0.3",
+    )  # fmt: skip
+
+
+def test_a_mixture_that_is_killed_goes_on_exactly(mixed: tuple[str, ...], toy: Path, tmp_path: Path) -> None:
+    options = (*mixed, "run.steps=40", "checkpoint.every_steps=5", "evaluate.every_steps=20")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = pretrain(toy, whole, *options)
+    assert done.returncode == 0, done.stdout
+    launcher = start_pretrain(toy, killed, *options)
+    wait_for(lambda: (killed / "checkpoints/latest").exists() and len(metrics(killed, "loss")) >= 8, launcher)
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.communicate(timeout=60)
+    again = pretrain(toy, killed, *options, "data.workers=2")
+    assert again.returncode == 0 and re.search(r"resumed from step \d+", again.stdout), again.stdout
+    for name in ("loss", "valid/loss", "source/law", "source/web"):
+        assert metrics(killed, name) == metrics(whole, name) != {}
+    shares = metrics(whole, "source/law")
+    # 4 lanes, 16 rows a step: each lane is within a row of its share over any stretch
+    assert abs(sum(shares.values()) / 40 - 0.7) < 4 / (40 * 16) and 0.4 < min(shares.values())
+    refused = pretrain(toy, killed, *options[:4], "data.sources.web.weight=0.5", *options[5:])
+    assert refused.returncode == 2 and "data.sources.web.weight was 0.3 and is 0.5 now" in refused.stdout
+    evaluated = run("launch/evaluate.py", "--run", str(whole), "--json")
+    assert evaluated.returncode == 0, evaluated.stdout
+    numbers = json.loads(evaluated.stdout.splitlines()[-1])
+    assert numbers["loss"] == pytest.approx(metrics(whole, "valid/loss")[40], abs=1e-5)
 
 
 def test_weights_that_are_no_longer_finite_are_not_saved(toy: Path, tmp_path: Path) -> None:
