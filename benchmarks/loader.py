@@ -173,7 +173,7 @@ def measure_throughput(args: argparse.Namespace, kinds: list[Kind], scratch: Pat
 def cursor_at(kind: Kind, share: float) -> Cursor:
     """Where a run stands after a share of its first epoch: in the middle of a window."""
     lanes = resolve_lanes(len(kind.manifest.shards), None, 1)
-    most = DataConfig(shards="").window_records
+    most = DataConfig("unused").window_records
     windows = [len(LaneEpoch(kind.manifest, most, SEED, 0, lane, lanes)) for lane in range(lanes)]
     return {"rows": lanes * 1000, "lanes": [[0, int(share * count), 7] for count in windows], "bad_shards": []}
 
@@ -211,7 +211,7 @@ def measure_first_batch(args: argparse.Namespace, kinds: list[Kind], scratch: Pa
 def rate_of_part(kind: Kind, seconds: float) -> dict[str, Any]:
     """Tokens a second of CPU time with windows of full size, over parts of an epoch: two windows of each lane."""
     shards = kind.manifest.shards
-    window_tokens = shards[0].tokens // -(-shards[0].samples // DataConfig(shards="").window_records)
+    window_tokens = shards[0].tokens // -(-shards[0].samples // DataConfig("unused").window_records)
     part = 2 * resolve_lanes(len(shards), None, 1) * window_tokens
     with kind.batches() as batches:
         text_tokens(batches, part)
