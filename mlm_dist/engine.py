@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -59,6 +59,9 @@ class EngineConfig:
         False, help="keep the optimizer's state and step in host memory (zero_stage 1 to 3)"
     )
     timeout_seconds: float = setting(1800.0, above=0, help="how long a rank waits for the others")
+    max_non_finite_steps: int = setting(
+        10, low=1, help="steps in a row that are skipped for gradients that aren't finite before the run ends"
+    )
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,23 @@ class StepSums:
 
     def __add__(self, other: "StepSums") -> "StepSums":
         return StepSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def unless(self, skipped: torch.Tensor | bool) -> "StepSums":
+        """Zeros where the step was skipped: what wasn't learned from doesn't count, and may not be finite."""
+        device = self.loss.device
+        gone = torch.as_tensor(skipped, device=device)
+        return StepSums(*(torch.where(gone, 0, getattr(self, f.name)) for f in fields(self)))
+
+
+class Skips(NamedTuple):
+    """Skipped steps, in all and in a row up to the last step; tensors at stage 0, where reading them waits."""
+
+    total: torch.Tensor | int
+    in_a_row: torch.Tensor | int
+
+    def after(self, skipped: torch.Tensor | bool, counts: bool) -> "Skips":
+        """One step later. counts: a skip is a fault, and adds to the row."""
+        return Skips(self.total + skipped, (self.in_a_row + 1) * skipped if counts else 0)
 
 
 def resolve_precision(config: EngineConfig, device: torch.device) -> str:
@@ -164,6 +184,7 @@ class Engine:
         model = model.to(world.device)
         optimizer = optim.build(optim_config, model)
         self.norm: torch.Tensor | None = None
+        self.skips = Skips(0, 0)
         if clips_itself(config, self.precision):
             optimizer.register_step_pre_hook(lambda *_: self._clip(config.clip))
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
@@ -189,7 +210,10 @@ class Engine:
             detached = StepSums(**{name: value.detach() for name, value in sums.items()})
             total = detached if total is None else total + detached
         assert total is not None
-        return total
+        skipped = self._skipped()
+        # a scale that fp16 backs off from is looked for in this way: nothing is wrong
+        self.skips = self.skips.after(skipped, counts=self.precision != "fp16")
+        return total.unless(skipped)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch, rate: float, seed: int) -> StepSums:
@@ -207,12 +231,13 @@ class Engine:
         """The number of elements of each parameter, whole also where the stage shards it."""
         return [getattr(p, "ds_numel", p.numel()) for p in self.deepspeed.module.parameters()]
 
-    def skipped_steps(self) -> int:
-        """Steps that were not applied because a gradient was not finite."""
-        return self.deepspeed.skipped_steps
-
     def _clip(self, largest: float) -> None:
         self.norm = optim.clip_gradients(self.deepspeed.module.parameters(), largest)
+        optim.skip_unless(self.optimizer, self.norm.isfinite())
+
+    def _skipped(self) -> torch.Tensor | bool:
+        """Whether the last step was not applied, on any rank, since a gradient was not finite."""
+        return ~self.norm.isfinite() if self.norm is not None else not self.deepspeed.was_step_applied()
 
     def _row_keys(self, batch: Batch, step: int, micro_step: int) -> torch.Tensor:
         if self.seed_by == "sample":

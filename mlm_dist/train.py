@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import platform
 import sys
 import time
@@ -111,11 +110,11 @@ def loop(run: Run, stop: StopFlag) -> int:
         to_evaluate = run.valid is not None and (last or state.step % cfg.evaluate.every_steps == 0)
         to_save = last or state.step % cfg.checkpoint.every_steps == 0
         if to_evaluate or to_save or state.step % cfg.log.every_steps == 0:
-            numbers = run.meter.report() | {"lr": lr, "grad_norm": run.engine.grad_norm()}
-            run.tracker.log(state.step, numbers | {"skipped_steps": state.skipped_steps}, state.tokens)
-            if not math.isfinite(numbers["loss"]):
+            report(run, lr)
+            if int(run.engine.skips.in_a_row) >= cfg.engine.max_non_finite_steps:
                 run.tracker.say(
-                    f"the loss is not finite at step {state.step}: the run ends, the last checkpoint stands"
+                    f"{int(run.engine.skips.in_a_row)} steps in a row up to step {state.step} had gradients that are not "
+                    "finite and were skipped: the run ends; the last checkpoint stands"
                 )
                 return EXIT_NON_FINITE
         if to_evaluate:
@@ -156,13 +155,31 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
     state.tokens += tokens
     state.train_seconds += seconds
     state.cursor = micro_batches[-1].cursor
-    state.skipped_steps = run.engine.skipped_steps()
     hours = run.config.run.hours
     if state.total_steps is None and state.step >= STEPS_TO_MEASURE:
         assert hours is not None
         per_step = run.world.broadcast(state.train_seconds / state.step)
         state.total_steps = max(state.step, round(hours * 3600 / per_step))
         run.tracker.say(f"{hours} hours are {state.total_steps:,} steps at {per_step:.3f} s each")
+
+
+def report(run: Run, lr: float) -> None:
+    """Log what the steps since the last report came to, and count those that were skipped."""
+    numbers = run.meter.report() | {"lr": lr, "grad_norm": run.engine.grad_norm()}
+    count_skips(run)
+    run.tracker.log(run.state.step, numbers | {"skipped_steps": run.state.skipped_steps}, run.state.tokens)
+
+
+def count_skips(run: Run) -> None:
+    """Move the engine's count of skipped steps to the state, and say so where there were any. Waits for the device."""
+    skips, state = run.engine.skips, run.state
+    run.engine.skips = skips._replace(total=0)
+    state.skipped_steps += int(skips.total)
+    if int(skips.total):
+        run.tracker.say(
+            f"warning: {int(skips.total)} of the steps up to step {state.step} had gradients that are not finite on "
+            f"some rank and were skipped; {state.skipped_steps} in all"
+        )
 
 
 def evaluate_now(run: Run, to_save: bool) -> None:
@@ -189,6 +206,7 @@ def save(run: Run) -> None:
     if run.state.step == 0:
         return
     started = time.perf_counter()
+    count_skips(run)
     saved = State(**vars(run.state))
     saved.cursor = stream.merge_cursors(run.world.gather(run.state.cursor))
     checkpoint.save(run.folder / "checkpoints", run.engine, saved, run.config.checkpoint, run.world)
