@@ -63,11 +63,9 @@ class Tracker:
         if not self.is_main:
             return
         assert self.metrics is not None
+        record = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
         # JSON has no word for what isn't finite
-        finite = {
-            name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()
-        }
-        record = {"step": step, "tokens": tokens, "time": round(time.time(), 3), **finite}
+        record |= {name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}
         self.metrics.write(json.dumps(record, allow_nan=False) + "\n")
         self._guard(lambda: self.run and self.run.log({"step": step, "tokens": tokens, **numbers}))
         if "loss" in numbers:

@@ -111,11 +111,9 @@ def loop(run: Run, stop: StopFlag) -> int:
         to_save = last or state.step % cfg.checkpoint.every_steps == 0
         if to_evaluate or to_save or state.step % cfg.log.every_steps == 0:
             report(run, lr)
-            if int(run.engine.skips.in_a_row) >= cfg.engine.max_non_finite_steps:
-                run.tracker.say(
-                    f"{int(run.engine.skips.in_a_row)} steps in a row up to step {state.step} had gradients that are not "
-                    "finite and were skipped: the run ends; the last checkpoint stands"
-                )
+            in_a_row = int(run.engine.skips.in_a_row)
+            if in_a_row >= cfg.engine.max_non_finite_steps:
+                run.tracker.say(f"the last {in_a_row} steps were skipped: the run ends, the last checkpoint stands")
                 return EXIT_NON_FINITE
         if to_evaluate:
             evaluate_now(run, to_save)
