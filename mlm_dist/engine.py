@@ -45,6 +45,7 @@ OWNED_KEYS = {
     "data_types.grad_accum_dtype": "engine.precision",
     "steps_per_print": "log.every_steps",
     "wandb": "log.wandb",
+    "checkpoint.load_universal": "the number of ranks",
 }
 
 
@@ -58,7 +59,7 @@ class EngineConfig:
     offload_optimizer: bool = setting(
         False, help="keep the optimizer's state and step in host memory (zero_stage 1 to 3)"
     )
-    timeout_seconds: float = setting(1800.0, above=0, help="how long a rank waits for the others")
+    timeout_seconds: float = setting(1800.0, above=0, help="time without a step after which a run ends as hung")
     max_non_finite_steps: int = setting(
         10, low=1, help="steps in a row that are skipped for gradients that aren't finite before the run ends"
     )
@@ -165,6 +166,7 @@ class Engine:
     model:     on every rank with the same weights
     mask:      how targets are chosen and replaced; seed: the run's
     extra:     the `deepspeed:` mapping
+    universal: the checkpoint that will be loaded was saved by another number of ranks
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class Engine:
         seed: int,
         world: World,
         extra: dict[str, Any],
+        universal: bool = False,
     ) -> None:
         self.world, self.seed_by, self.seed = world, mask.seed_by, seed
         self.precision = resolve_precision(config, world.device)
@@ -187,7 +190,9 @@ class Engine:
         self.skips = Skips(0, 0)
         if clips_itself(config, self.precision):
             optimizer.register_step_pre_hook(lambda *_: self._clip(config.clip))
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.json | {"checkpoint": {"load_universal": universal}}
+        )
 
     def train_step(self, batches: Sequence[Batch], targets: int, step: int, lr: float, rate: float) -> StepSums:
         """One optimizer step.

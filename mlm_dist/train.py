@@ -17,7 +17,7 @@ import torch
 from mlm_dist import checkpoint, config, masking, models, optim, schema, stream, vocab, world
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
-from mlm_dist.engine import Engine, resolve_precision
+from mlm_dist.engine import Engine, StepSums, resolve_precision
 from mlm_dist.evaluate import evaluate
 from mlm_dist.manifest import Manifest, ShardError, load_manifest
 from mlm_dist.metrics import Meter
@@ -26,10 +26,13 @@ from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch
 from mlm_dist.tracker import Tracker
 from mlm_dist.vocab import Vocab
-from mlm_dist.world import EXIT_CONFIG_ERROR, EXIT_NON_FINITE, EXIT_STOPPED, StopFlag, World
+from mlm_dist.watchdog import Watchdog
+from mlm_dist.world import EXIT_CONFIG_ERROR, EXIT_HANG, EXIT_NON_FINITE, EXIT_STOPPED, StopFlag, World
 
 # A run measured in hours fixes its number of steps here, so that the schedule is a function of the step from then on.
 STEPS_TO_MEASURE = 20
+
+COLLECTIVE_MARGIN_SECONDS = 120.0
 
 # What ends a run with one sentence and exit code 2.
 REFUSALS = (ConfigError, ShardError, CheckpointError)
@@ -44,6 +47,7 @@ class Run:
     config: RunConfig
     folder: Path
     world: World
+    watchdog: Watchdog
     vocab: Vocab
     valid: Manifest | None
     engine: Engine
@@ -58,7 +62,8 @@ def train(cfg: RunConfig) -> int:
 
     All ranks call it. Raises ConfigError, ShardError or CheckpointError with one sentence for the user.
     """
-    with world.join(cfg.engine.timeout_seconds) as here, StopFlag() as stop:
+    # the watchdog speaks first: it knows more than a collective that timed out
+    with world.join(cfg.engine.timeout_seconds + COLLECTIVE_MARGIN_SECONDS) as here, StopFlag() as stop:
         return train_on(cfg, here, stop)
 
 
@@ -66,7 +71,9 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
     """The same on ranks that have joined already."""
     with ExitStack() as stack:
         folder = open_folder(cfg, here, stack)
-        run = prepare(cfg, folder, here, stack)
+        watchdog = Watchdog(folder, here.rank, here.size, cfg.engine.timeout_seconds, lambda: hang_status(folder))
+        stack.enter_context(watchdog)
+        run = prepare(cfg, folder, here, watchdog, stack)
         exit_code = 1
         try:
             write_status(run, "running", None)
@@ -90,6 +97,7 @@ def loop(run: Run, stop: StopFlag) -> int:
         return 0
     while state.step != state.total_steps:
         started = time.perf_counter()
+        run.watchdog.beat(f"at step {state.step + 1}")
         micro_batches, problem = take(run)
         data_seconds = time.perf_counter() - started
         rate = masking.rate_at(cfg.masking, state.step, state.total_steps)
@@ -187,8 +195,13 @@ def evaluate_now(run: Run, to_save: bool) -> None:
     batches = stream.held_out_batches(
         run.valid, run.vocab, cfg.data, cfg.batch, run.world.rank, run.world.size, max_rows=cfg.evaluate.max_rows
     )
+
+    def step(batch: Batch) -> StepSums:
+        run.watchdog.beat(f"evaluating at step {state.step}")
+        return run.engine.eval_step(batch, cfg.evaluate.rate, cfg.evaluate.seed)
+
     try:
-        numbers = evaluate(lambda b: run.engine.eval_step(b, cfg.evaluate.rate, cfg.evaluate.seed), batches, run.world)
+        numbers = evaluate(step, batches, run.world)
     except ShardError:
         save(run)  # every rank reads all held-out shards, and meets the same one
         raise
@@ -204,6 +217,7 @@ def save(run: Run) -> None:
     if run.state.step == 0:
         return
     started = time.perf_counter()
+    run.watchdog.beat(f"saving step {run.state.step}")
     count_skips(run)
     saved = State(**vars(run.state))
     saved.cursor = stream.merge_cursors(run.world.gather(run.state.cursor))
@@ -211,7 +225,7 @@ def save(run: Run) -> None:
     run.meter.leave_out(time.perf_counter() - started)
 
 
-def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
+def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack: ExitStack) -> Run:
     """Build the run on this rank, at its newest whole checkpoint where there is one."""
     manifest, valid, tokenizer = open_data(cfg, here.size)
     facts = {
@@ -228,7 +242,8 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
     transformer = models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing)
     flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
     model = objective(cfg, transformer, tokenizer)
-    engine = Engine(model, cfg.engine, cfg.optim, cfg.batch, cfg.masking, cfg.run.seed, here, cfg.deepspeed)
+    resharded = saved is not None and checkpoint.needs_resharding(saved, here)
+    engine = Engine(model, cfg.engine, cfg.optim, cfg.batch, cfg.masking, cfg.run.seed, here, cfg.deepspeed, resharded)
     if saved:
         checkpoint.load(saved, engine, here)
         tracker.say(f"resumed from step {state.step}")
@@ -242,7 +257,8 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
     batches = stack.enter_context(
         stream.train_batches(manifest, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
     )
-    return Run(cfg, folder, here, tokenizer, valid, engine, state, Meter(here, flops), tracker, batches)
+    meter = Meter(here, flops)
+    return Run(cfg, folder, here, watchdog, tokenizer, valid, engine, state, meter, tracker, batches)
 
 
 def open_data(cfg: RunConfig, world_size: int) -> tuple[Manifest, Manifest | None, Vocab]:
@@ -322,6 +338,12 @@ def write_status(run: Run, status: str, exit_code: int | None) -> None:
             "total_steps": run.state.total_steps,
         }
         checkpoint.write_text(run.folder / "status.json", json.dumps(content) + "\n")
+
+
+def hang_status(folder: Path) -> None:
+    """Tell in RUN/status.json that the run hung, whatever step it is at."""
+    content = {"status": "failed", "exit_code": EXIT_HANG}
+    checkpoint.write_text(folder / "status.json", json.dumps(content) + "\n")
 
 
 def environment() -> dict[str, object]:
