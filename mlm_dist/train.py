@@ -84,6 +84,7 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
         finally:
             write_status(run, {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed"), exit_code)
             run.tracker.finish(exit_code)
+        here.barrier()  # launchers end the ranks that are left when the first one exits with a code
         return exit_code
 
 
