@@ -200,7 +200,8 @@ def load(saved: Path, engine: Engine, world: World) -> None:
     problem = world.broadcast(problem)
     if problem:
         raise CheckpointError(problem)
-    path, _ = engine.deepspeed.load_checkpoint(str(folder), tag=TAG)
+    with engine.own_optimizer_options():
+        path, _ = engine.deepspeed.load_checkpoint(str(folder), tag=TAG)
     assert path is not None, "DeepSpeed found no checkpoint where one was made"
     world.barrier()
     if world.is_main:

@@ -3,7 +3,8 @@
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -231,6 +232,21 @@ class Engine:
         """Norm of the last gradient before clipping; None where DeepSpeed does not compute it. Waits for the device."""
         norm = self.norm if self.norm is not None else self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    @contextmanager
+    def own_optimizer_options(self) -> Iterator[None]:
+        """Put right what loading a universal checkpoint does to the optimizer at stage 3, in DeepSpeed 0.19.8.
+
+        Every group gets the first one's options, weight decay for biases among them; and all get the same tensor as
+        their count of steps, so that each step counts once for every group.
+        """
+        groups = [{name: value for name, value in g.items() if name != "params"} for g in self.optimizer.param_groups]
+        yield
+        for group, options in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(options)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
 
     def sizes(self) -> list[int]:
         """The number of elements of each parameter, whole also where the stage shards it."""
