@@ -5,6 +5,7 @@ Reading order is import order: a module imports only modules above it in this li
     yaml_tree    YAML text -> a tree whose values know the file and line they came from
     schema       that tree -> frozen dataclasses; errors name the fix
     world        ranks, device, sums and agreed flags across ranks, stop signals
+    watchdog     what ends a run that hangs: stacks, the silent ranks, an exit code
     vocab        the tokenizer: train, load, save; special ids
     fetch        bytes from http or an object store: ranges, stalls, attempts
     manifest     what every file of a split must hold: counts, checksums, places of the records

@@ -6,6 +6,7 @@ RUN/checkpoints/step_00001000/state.json      step, tokens, data cursor, config:
 RUN/checkpoints/step_00001000/deepspeed/      weights and optimizer, one file or more a rank
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -20,6 +21,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -178,15 +180,50 @@ def set_aside(folder: Path, name: str, world: World) -> str:
 
 
 def load(saved: Path, engine: Engine, world: World) -> None:
-    """Put a whole checkpoint's weights and optimizer state into the engine.
+    """Put a whole checkpoint's weights and optimizer state into the engine. All ranks call it.
 
-    All ranks call it. Raises ConfigError where it was saved by another number of ranks.
+    One that another number of ranks saved goes through DeepSpeed's universal checkpoint, for which the engine must have
+    been made (`needs_resharding`).
     """
-    ranks = json.loads((saved / "manifest.json").read_text())["world_size"]
-    if ranks != world.size:
-        raise ConfigError(f"{saved} was saved by {ranks} ranks; start as many (these are {world.size})")
-    path, _ = engine.deepspeed.load_checkpoint(str(saved), tag=TAG)
-    assert path is not None, "DeepSpeed found no checkpoint where one was verified"
+    if not needs_resharding(saved, world):
+        path, _ = engine.deepspeed.load_checkpoint(str(saved), tag=TAG)
+        assert path is not None, "DeepSpeed found no checkpoint where one was verified"
+        return
+    folder = saved.parent / f"tmp-universal-{saved.name}"
+    problem = None
+    if world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            make_universal(saved / TAG, folder / TAG)
+        except (OSError, RuntimeError) as error:
+            problem = f"{saved} can't be turned into a checkpoint for {world.size} ranks: {error}"
+    problem = world.broadcast(problem)
+    if problem:
+        raise CheckpointError(problem)
+    with engine.own_optimizer_options():
+        path, _ = engine.deepspeed.load_checkpoint(str(folder), tag=TAG)
+    assert path is not None, "DeepSpeed found no checkpoint where one was made"
+    world.barrier()
+    if world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def needs_resharding(saved: Path, world: World) -> bool:
+    """Whether a checkpoint has another number of shards than there are ranks. At stage 0 nothing is sharded."""
+    manifest = json.loads((saved / "manifest.json").read_text())
+    return manifest["zero_stage"] > 0 and manifest["world_size"] != world.size
+
+
+def make_universal(source: Path, target: Path) -> None:
+    """Turn the shards of one stage into whole tensors, one folder a parameter, that any number of ranks can load."""
+    target.mkdir(parents=True)
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    arguments = argparse.Namespace(
+        input_folder=str(source), output_folder=str(target), inject_missing_state=True, **options
+    )
+    # it reports its progress to both
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)
 
 
 def load_state(checkpoint: Path) -> State:

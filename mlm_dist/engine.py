@@ -3,9 +3,10 @@
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -45,6 +46,7 @@ OWNED_KEYS = {
     "data_types.grad_accum_dtype": "engine.precision",
     "steps_per_print": "log.every_steps",
     "wandb": "log.wandb",
+    "checkpoint.load_universal": "the number of ranks",
 }
 
 
@@ -58,7 +60,10 @@ class EngineConfig:
     offload_optimizer: bool = setting(
         False, help="keep the optimizer's state and step in host memory (zero_stage 1 to 3)"
     )
-    timeout_seconds: float = setting(1800.0, above=0, help="how long a rank waits for the others")
+    timeout_seconds: float = setting(1800.0, above=0, help="time without a step after which a run ends as hung")
+    max_non_finite_steps: int = setting(
+        10, low=1, help="steps in a row that are skipped for gradients that aren't finite before the run ends"
+    )
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,23 @@ class StepSums:
 
     def __add__(self, other: "StepSums") -> "StepSums":
         return StepSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def unless(self, skipped: torch.Tensor | bool) -> "StepSums":
+        """Zeros where the step was skipped: what wasn't learned from doesn't count, and may not be finite."""
+        device = self.loss.device
+        gone = torch.as_tensor(skipped, device=device)
+        return StepSums(*(torch.where(gone, 0, getattr(self, f.name)) for f in fields(self)))
+
+
+class Skips(NamedTuple):
+    """Skipped steps, in all and in a row up to the last step; tensors at stage 0, where reading them waits."""
+
+    total: torch.Tensor | int
+    in_a_row: torch.Tensor | int
+
+    def after(self, skipped: torch.Tensor | bool, counts: bool) -> "Skips":
+        """One step later. counts: a skip is a fault, and adds to the row."""
+        return Skips(self.total + skipped, (self.in_a_row + 1) * skipped if counts else 0)
 
 
 def resolve_precision(config: EngineConfig, device: torch.device) -> str:
@@ -145,6 +167,7 @@ class Engine:
     model:     on every rank with the same weights
     mask:      how targets are chosen and replaced; seed: the run's
     extra:     the `deepspeed:` mapping
+    universal: the checkpoint that will be loaded was saved by another number of ranks
     """
 
     def __init__(
@@ -157,6 +180,7 @@ class Engine:
         seed: int,
         world: World,
         extra: dict[str, Any],
+        universal: bool = False,
     ) -> None:
         self.world, self.seed_by, self.seed = world, mask.seed_by, seed
         self.precision = resolve_precision(config, world.device)
@@ -164,9 +188,12 @@ class Engine:
         model = model.to(world.device)
         optimizer = optim.build(optim_config, model)
         self.norm: torch.Tensor | None = None
+        self.skips = Skips(0, 0)
         if clips_itself(config, self.precision):
             optimizer.register_step_pre_hook(lambda *_: self._clip(config.clip))
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.json | {"checkpoint": {"load_universal": universal}}
+        )
 
     def train_step(self, batches: Sequence[Batch], targets: int, step: int, lr: float, rate: float) -> StepSums:
         """One optimizer step.
@@ -189,7 +216,10 @@ class Engine:
             detached = StepSums(**{name: value.detach() for name, value in sums.items()})
             total = detached if total is None else total + detached
         assert total is not None
-        return total
+        skipped = self._skipped()
+        # a scale that fp16 backs off from is looked for in this way: nothing is wrong
+        self.skips = self.skips.after(skipped, counts=self.precision != "fp16")
+        return total.unless(skipped)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch, rate: float, seed: int) -> StepSums:
@@ -203,16 +233,32 @@ class Engine:
         norm = self.norm if self.norm is not None else self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    @contextmanager
+    def own_optimizer_options(self) -> Iterator[None]:
+        """Put right what loading a universal checkpoint does to the optimizer at stage 3, in DeepSpeed 0.19.8.
+
+        Every group gets the first one's options, weight decay for biases among them; and all get the same tensor as
+        their count of steps, so that each step counts once for every group.
+        """
+        groups = [{name: value for name, value in g.items() if name != "params"} for g in self.optimizer.param_groups]
+        yield
+        for group, options in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(options)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
     def sizes(self) -> list[int]:
         """The number of elements of each parameter, whole also where the stage shards it."""
         return [getattr(p, "ds_numel", p.numel()) for p in self.deepspeed.module.parameters()]
 
-    def skipped_steps(self) -> int:
-        """Steps that were not applied because a gradient was not finite."""
-        return self.deepspeed.skipped_steps
-
     def _clip(self, largest: float) -> None:
         self.norm = optim.clip_gradients(self.deepspeed.module.parameters(), largest)
+        optim.skip_unless(self.optimizer, self.norm.isfinite())
+
+    def _skipped(self) -> torch.Tensor | bool:
+        """Whether the last step was not applied, on any rank, since a gradient was not finite."""
+        return ~self.norm.isfinite() if self.norm is not None else not self.deepspeed.was_step_applied()
 
     def _row_keys(self, batch: Batch, step: int, micro_step: int) -> torch.Tensor:
         if self.seed_by == "sample":

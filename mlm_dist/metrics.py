@@ -133,8 +133,8 @@ def measured_peak_flops(device: torch.device, size: int = 1024, repeats: int = 5
 
 
 def ratio(above: str, below: str) -> Callable[[Sums], float]:
-    """The metric `above / below`, 0 where nothing was seen."""
-    return lambda sums: sums[above] / sums[below] if sums[below] else 0.0
+    """The metric `above / below`, not a number where nothing was seen."""
+    return lambda sums: sums[above] / sums[below] if sums[below] else math.nan
 
 
 def perplexity(sums: Sums) -> float:

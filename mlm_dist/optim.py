@@ -66,6 +66,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> torch.
     return norm
 
 
+def skip_unless(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """Have the coming step change nothing, neither weights nor state, where `finite` (0-d bool) is False.
+
+    Fused kernels look at `found_inf`, as torch.amp.GradScaler sets it: nothing waits for the device.
+    """
+    assert optimizer.defaults["fused"], "other kernels don't look at it"
+    optimizer.found_inf = (~finite).float()
+
+
 def lr_at(optim: OptimConfig, schedule: ScheduleConfig, step: int, total_steps: int | None) -> float:
     """Learning rate of the step that follows `step` finished ones.
 

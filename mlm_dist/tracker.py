@@ -1,6 +1,7 @@
 """Where numbers go: the console, RUN/metrics.jsonl (the truth) and W&B (its mirror)."""
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -62,8 +63,10 @@ class Tracker:
         if not self.is_main:
             return
         assert self.metrics is not None
-        record = {"step": step, "tokens": tokens, "time": round(time.time(), 3), **numbers}
-        self.metrics.write(json.dumps(record) + "\n")
+        record = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
+        # JSON has no word for what isn't finite
+        record |= {name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}
+        self.metrics.write(json.dumps(record, allow_nan=False) + "\n")
         self._guard(lambda: self.run and self.run.log({"step": step, "tokens": tokens, **numbers}))
         if "loss" in numbers:
             self._progress(progress_line(step, self.total(), numbers, self._seconds_left(step)))

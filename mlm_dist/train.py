@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import platform
 import sys
 import time
@@ -19,7 +18,7 @@ from mlm_dist import checkpoint, config, masking, mixture, models, optim, remote
 from mlm_dist.cache import make_cache
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
-from mlm_dist.engine import Engine, resolve_precision
+from mlm_dist.engine import Engine, StepSums, resolve_precision
 from mlm_dist.evaluate import evaluate
 from mlm_dist.manifest import ShardError
 from mlm_dist.metrics import Meter, bad_shard_numbers
@@ -29,10 +28,13 @@ from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch
 from mlm_dist.tracker import Tracker
 from mlm_dist.vocab import Vocab
-from mlm_dist.world import EXIT_CONFIG_ERROR, EXIT_NON_FINITE, EXIT_STOPPED, StopFlag, World
+from mlm_dist.watchdog import Watchdog
+from mlm_dist.world import EXIT_CONFIG_ERROR, EXIT_HANG, EXIT_NON_FINITE, EXIT_STOPPED, StopFlag, World
 
 # A run measured in hours fixes its number of steps here, so that the schedule is a function of the step from then on.
 STEPS_TO_MEASURE = 20
+
+COLLECTIVE_MARGIN_SECONDS = 120.0
 
 # What ends a run with one sentence and exit code 2.
 REFUSALS = (ConfigError, ShardError, CheckpointError)
@@ -47,6 +49,7 @@ class Run:
     config: RunConfig
     folder: Path
     world: World
+    watchdog: Watchdog
     vocab: Vocab
     valid: Sources  # those that have held-out rows
     engine: Engine
@@ -63,7 +66,8 @@ def train(cfg: RunConfig) -> int:
 
     All ranks call it. Raises ConfigError, ShardError or CheckpointError with one sentence for the user.
     """
-    with world.join(cfg.engine.timeout_seconds) as here, StopFlag() as stop:
+    # the watchdog speaks first: it knows more than a collective that timed out
+    with world.join(cfg.engine.timeout_seconds + COLLECTIVE_MARGIN_SECONDS) as here, StopFlag() as stop:
         return train_on(cfg, here, stop)
 
 
@@ -71,7 +75,9 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
     """The same on ranks that have joined already."""
     with ExitStack() as stack:
         folder = open_folder(cfg, here, stack)
-        run = prepare(cfg, folder, here, stack)
+        watchdog = Watchdog(folder, here.rank, here.size, cfg.engine.timeout_seconds, lambda: hang_status(folder))
+        stack.enter_context(watchdog)
+        run = prepare(cfg, folder, here, watchdog, stack)
         exit_code = 1
         try:
             write_status(run, "running", None)
@@ -82,6 +88,7 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
         finally:
             write_status(run, {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed"), exit_code)
             run.tracker.finish(exit_code)
+        here.barrier()  # launchers end the ranks that are left when the first one exits with a code
         return exit_code
 
 
@@ -95,6 +102,7 @@ def loop(run: Run, stop: StopFlag) -> int:
         return 0
     while state.step != state.total_steps:
         started = time.perf_counter()
+        run.watchdog.beat(f"at step {state.step + 1}")
         micro_batches, problem = take(run)
         data_seconds = time.perf_counter() - started
         rate = masking.rate_at(cfg.masking, state.step, state.total_steps)
@@ -115,13 +123,10 @@ def loop(run: Run, stop: StopFlag) -> int:
         to_evaluate = bool(run.valid) and (last or state.step % cfg.evaluate.every_steps == 0)
         to_save = last or state.step % cfg.checkpoint.every_steps == 0
         if to_evaluate or to_save or state.step % cfg.log.every_steps == 0:
-            numbers = run.meter.report() | {"lr": lr, "grad_norm": run.engine.grad_norm()}
-            numbers |= {"skipped_steps": state.skipped_steps} | bad_shard_numbers(run.bad_shards)
-            run.tracker.log(state.step, numbers, state.tokens)
-            if not math.isfinite(numbers["loss"]):
-                run.tracker.say(
-                    f"the loss is not finite at step {state.step}: the run ends, the last checkpoint stands"
-                )
+            report(run, lr)
+            in_a_row = int(run.engine.skips.in_a_row)
+            if in_a_row >= cfg.engine.max_non_finite_steps:
+                run.tracker.say(f"the last {in_a_row} steps were skipped: the run ends, the last checkpoint stands")
                 return EXIT_NON_FINITE
         if to_evaluate:
             evaluate_now(run, to_save)
@@ -184,7 +189,6 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
     state.tokens += tokens
     state.train_seconds += seconds
     state.cursor = micro_batches[-1].cursor
-    state.skipped_steps = run.engine.skipped_steps()
     hours = run.config.run.hours
     if state.total_steps is None and state.step >= STEPS_TO_MEASURE:
         assert hours is not None
@@ -193,14 +197,39 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
         run.tracker.say(f"{hours} hours are {state.total_steps:,} steps at {per_step:.3f} s each")
 
 
+def report(run: Run, lr: float) -> None:
+    """Log what the steps since the last report came to, and count those that were skipped."""
+    numbers = run.meter.report() | {"lr": lr, "grad_norm": run.engine.grad_norm()}
+    count_skips(run)
+    numbers |= {"skipped_steps": run.state.skipped_steps} | bad_shard_numbers(run.bad_shards)
+    run.tracker.log(run.state.step, numbers, run.state.tokens)
+
+
+def count_skips(run: Run) -> None:
+    """Move the engine's count of skipped steps to the state, and say so where there were any. Waits for the device."""
+    skips, state = run.engine.skips, run.state
+    run.engine.skips = skips._replace(total=0)
+    state.skipped_steps += int(skips.total)
+    if int(skips.total):
+        run.tracker.say(
+            f"warning: {int(skips.total)} of the steps up to step {state.step} had gradients that are not finite on "
+            f"some rank and were skipped; {state.skipped_steps} in all"
+        )
+
+
 def evaluate_now(run: Run, to_save: bool) -> None:
     """Held-out loss of the weights as they stand, logged; the lowest of those that are saved is remembered."""
     cfg, state, started = run.config, run.state, time.perf_counter()
     batches = stream.held_out_batches(
         run.valid, run.vocab, cfg.data, cfg.batch, run.world.rank, run.world.size, max_rows=cfg.evaluate.max_rows
     )
+
+    def step(batch: Batch) -> StepSums:
+        run.watchdog.beat(f"evaluating at step {state.step}")
+        return run.engine.eval_step(batch, cfg.evaluate.rate, cfg.evaluate.seed)
+
     try:
-        numbers = evaluate(lambda b: run.engine.eval_step(b, cfg.evaluate.rate, cfg.evaluate.seed), batches, run.world)
+        numbers = evaluate(step, batches, run.world)
     except ShardError:
         save(run)  # every rank reads all held-out shards, and meets the same one
         raise
@@ -216,13 +245,15 @@ def save(run: Run) -> None:
     if run.state.step == 0:
         return
     started = time.perf_counter()
+    run.watchdog.beat(f"saving step {run.state.step}")
+    count_skips(run)
     saved = State(**vars(run.state))
     saved.cursor = stream.merge_cursors(run.world.gather(run.state.cursor))
     checkpoint.save(run.folder / "checkpoints", run.engine, saved, run.config.checkpoint, run.world)
     run.meter.leave_out(time.perf_counter() - started)
 
 
-def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
+def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack: ExitStack) -> Run:
     """Build the run on this rank, at its newest whole checkpoint where there is one."""
     sources, valid, tokenizer = open_data(cfg, here.size)
     folders = " and ".join(folder.shards for folder in cfg.data.folders().values())
@@ -242,7 +273,8 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
     transformer = models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing)
     flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
     model = objective(cfg, transformer, tokenizer)
-    engine = Engine(model, cfg.engine, cfg.optim, cfg.batch, cfg.masking, cfg.run.seed, here, cfg.deepspeed)
+    resharded = saved is not None and checkpoint.needs_resharding(saved, here)
+    engine = Engine(model, cfg.engine, cfg.optim, cfg.batch, cfg.masking, cfg.run.seed, here, cfg.deepspeed, resharded)
     if saved:
         checkpoint.load(saved, engine, here)
         tracker.say(f"resumed from step {state.step}")
@@ -263,7 +295,7 @@ def prepare(cfg: RunConfig, folder: Path, here: World, stack: ExitStack) -> Run:
     )
     meter = Meter(here, flops, [source.name for source in sources] if len(sources) > 1 else ())
     bad_shards = dict(state.cursor["bad_shards"]) if state.cursor else {}
-    return Run(cfg, folder, here, tokenizer, valid, engine, state, meter, tracker, batches, bad_shards)
+    return Run(cfg, folder, here, watchdog, tokenizer, valid, engine, state, meter, tracker, batches, bad_shards)
 
 
 def open_data(cfg: RunConfig, world_size: int) -> tuple[Sources, Sources, Vocab]:
@@ -345,6 +377,12 @@ def write_status(run: Run, status: str, exit_code: int | None) -> None:
             "total_steps": run.state.total_steps,
         }
         checkpoint.write_text(run.folder / "status.json", json.dumps(content) + "\n")
+
+
+def hang_status(folder: Path) -> None:
+    """Tell in RUN/status.json that the run hung, whatever step it is at."""
+    content = {"status": "failed", "exit_code": EXIT_HANG}
+    checkpoint.write_text(folder / "status.json", json.dumps(content) + "\n")
 
 
 def environment() -> dict[str, object]:

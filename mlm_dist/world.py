@@ -23,6 +23,7 @@ from mlm_dist.schema import ConfigError
 EXIT_CONFIG_ERROR = 2
 EXIT_NON_FINITE = 17
 EXIT_STOPPED = 85
+EXIT_HANG = 124
 
 # of glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

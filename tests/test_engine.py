@@ -1,5 +1,6 @@
 """The engine against plain torch: one process with the whole batch, the same masks, the same optimizer."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,3 +153,48 @@ def test_the_passthrough_reaches_deepspeed_but_not_what_a_section_owns() -> None
     for value in (None, 3):
         with pytest.raises(ConfigError, match=r"deepspeed\.bf16 can't be set as a whole"):
             merge({}, {"bf16": value})
+
+
+# ---- gradients that are not finite
+
+
+def with_faults(toy: Path, precision: str, *stages: int) -> dict[int, dict]:
+    """Four steps by stage; at steps 1 and 2 the loss of rank 1 is not a number."""
+    with world.join(120) as here:
+        return {stage: faulty(toy, stage, precision, here) for stage in stages}
+
+
+def faulty(toy: Path, stage: int, precision: str, here: World) -> dict:
+    tokenizer = vocab.load(toy / "tokenizer")
+    config = EngineConfig(zero_stage=stage, clip=CLIP, precision=precision)
+    engine = Engine(build(tokenizer), config, OPTIM, BATCH, MASKING, SEED, here, {})
+    forward, seen, weights = engine._forward, [], []
+
+    def fault(*args) -> dict[str, torch.Tensor]:
+        sums = forward(*args)
+        return sums | {"loss": sums["loss"] * math.nan} if here.rank == 1 and len(seen) in (1, 2) else sums
+
+    engine._forward = fault
+    batches = micro_batches(toy, tokenizer, here.rank, here.size)
+    for step in range(4):
+        window = [next(batches) for _ in range(stream.accumulation(BATCH, here.size))]
+        targets = int(here.sum(torch.tensor(sum(int(masking.targets_of(b.maskable, RATE).sum()) for b in window))))
+        sums = engine.train_step(window, targets, step, lr=1e-3, rate=RATE)
+        seen.append((float(sums.loss), int(sums.targets), int(engine.skips.total), int(engine.skips.in_a_row)))
+        weights.append(full_weights(engine, stage))
+    return {"seen": seen, "weights": weights}
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_counted(toy: Path, precision: str) -> None:
+    stages = (0, 1, 2, 3) if precision == "fp32" else (1, 2, 3)
+    for rank in on_ranks(2, with_faults, toy, precision, *stages):
+        for stage in stages:
+            losses, targets, total, in_a_row = zip(*rank[stage]["seen"], strict=True)
+            assert total == (0, 1, 2, 2) and in_a_row == (0, 1, 2, 0), stage
+            assert all(map(math.isfinite, losses)) and targets[1] == targets[2] == 0 < targets[0], stage
+            before, first, second, after = rank[stage]["weights"]
+            for name in before:
+                assert torch.equal(before[name], first[name]) and torch.equal(before[name], second[name]), (stage, name)
+                assert after[name].isfinite().all(), (stage, name)
+            assert any(not torch.equal(before[name], after[name]) for name in before), stage

@@ -1,0 +1,67 @@
+"""A run that hangs ends, loudly: in processes of their own, since it ends them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launching import ROOT
+
+from mlm_dist.watchdog import Watchdog, describe
+from mlm_dist.world import EXIT_HANG
+
+RANK = """
+import sys, time, pathlib
+from mlm_dist.watchdog import Watchdog
+folder, rank, size = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def waits_in_vain():
+    print("waiting", flush=True)
+    time.sleep(60)
+with Watchdog(folder, rank, size, 1.0, lambda: (folder / "said").write_text(str(rank))) as dog:
+    dog.beat("at step 7")
+    waits_in_vain()
+"""
+
+
+def start(folder: Path, rank: int, size: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", RANK, str(folder), str(rank), str(size)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    assert process.stdout.readline() == "waiting\n"
+    return process
+
+
+def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(tmp_path: Path) -> None:
+    ranks = [start(tmp_path, rank, 3) for rank in range(3)]
+    time.sleep(0.3)  # all of them have given a sign
+    os.kill(ranks[0].pid, signal.SIGSTOP)
+    try:
+        for rank in (1, 2):
+            said = ranks[rank].communicate(timeout=30)[1]
+            assert ranks[rank].returncode == EXIT_HANG
+            assert f"rank {rank}, at step 7" in said and "in waits_in_vain" in said
+            assert ("rank 0 doesn't answer" in said) == (rank == 1), "said once"
+        assert (tmp_path / "said").read_text() == "1"
+    finally:
+        ranks[0].kill()
+
+
+def test_where_all_answer_nobody_is_blamed(tmp_path: Path) -> None:
+    ranks = [start(tmp_path, rank, 2) for rank in range(2)]
+    said = [rank.communicate(timeout=30)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_HANG, EXIT_HANG]
+    assert "every rank answers" in said[0] and "every rank answers" not in said[1]
+
+
+def test_progress_keeps_it_quiet_and_it_leaves_nothing(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, 0, 1, 0.4) as dog:
+        for step in range(8):
+            time.sleep(0.1)
+            dog.beat(f"at step {step}")
+    assert list((tmp_path / "alive").iterdir()) == []
+
+
+def test_many_silent_ranks_are_not_all_written_out() -> None:
+    assert "ranks 1, 2, 3" in describe(5, {0: ""}, 64) and "and 47 more" in describe(5, {0: ""}, 64)
