@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +81,23 @@ class BatchConfig:
     micro_rows: int = setting(32, low=1, help="most rows that a rank holds at a time; accumulation follows")
 
 
+class Stand(NamedTuple):
+    """Where a run stands after a batch of one rank; cheaper to keep with every batch than the cursor that it makes."""
+
+    rows: int  # delivered over all ranks
+    lanes: int
+    own: Sequence[int]  # the lanes of this rank
+    places: np.ndarray  # (own lanes, sources, 4) int64: epoch, window, row, rows taken
+    bad_shards: Mapping[str, str]
+
+    def cursor(self) -> Cursor:
+        """The cursor; the other ranks' lanes are None."""
+        lanes: list[list | None] = [None] * self.lanes
+        for lane, places in zip(self.own, self.places.tolist(), strict=True):
+            lanes[lane] = cursor_lane(places)
+        return {"rows": self.rows, "lanes": lanes, "bad_shards": dict(self.bad_shards)}
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank: B rows of T positions."""
@@ -90,10 +107,15 @@ class Batch:
     maskable: torch.Tensor  # (B,) int32, on the host: tokens that are no special id
     row_keys: torch.Tensor  # (B,) int64: names the row in any world size: hash of (epoch, lane, window, row)
     sources: torch.Tensor  # (B,) int16, on the host: number of the row's source, by name; -1 = a row of padding
-    cursor: Cursor | None  # stands after this batch; none in held-out batches
+    stand: Stand | None  # none in held-out batches
     tokens: int  # positions that are not padding
     documents: int  # documents that begin in the batch
     bad_shards: Mapping[str, str] = field(default_factory=dict)  # skipped on this rank so far: label -> reason
+
+    @property
+    def cursor(self) -> Cursor | None:
+        """Stands after this batch, plain JSON; the other ranks' lanes are None until `merge_cursors`."""
+        return self.stand.cursor() if self.stand else None
 
 
 # ---- batches
@@ -247,15 +269,9 @@ class TrainBatches(Iterator[Batch]):
         sources = rows.facts["source"]
         self.places[turns, sources, :3] = rows.facts["after"]  # of a lane's rows of a source, the last one stands
         np.add.at(self.places, (turns, sources, 3), 1)
-        return as_batch(rows, self.cursor(), dict(sorted(self.bad.reasons.items())))
-
-    def cursor(self) -> Cursor:
-        """Where the run stands after the rows delivered so far; the other ranks' lanes are None."""
-        lanes: list[list | None] = [None] * len(self.start["lanes"])
-        for lane, places in zip(self.lanes, self.places.tolist(), strict=True):
-            lanes[lane] = cursor_lane(places)
-        rows = self.start["rows"] + self.delivered * self.world_size
-        return {"rows": rows, "lanes": lanes, "bad_shards": dict(sorted(self.bad.reasons.items()))}
+        delivered = self.start["rows"] + self.delivered * self.world_size
+        bad = dict(sorted(self.bad.reasons.items()))
+        return as_batch(rows, Stand(delivered, len(self.start["lanes"]), self.lanes, self.places.copy(), bad), bad)
 
     def close(self) -> None:
         """End the worker processes. Nothing can be taken after it."""
@@ -276,7 +292,7 @@ class TrainBatches(Iterator[Batch]):
         self.close()
 
 
-def as_batch(rows: Rows, cursor: Cursor | None, bad_shards: Mapping[str, str] | None = None) -> Batch:
+def as_batch(rows: Rows, stand: Stand | None, bad_shards: Mapping[str, str] | None = None) -> Batch:
     """Rows as tensors; in pinned memory where they will be copied to a GPU."""
     pin = torch.cuda.is_initialized()
     ids = torch.empty(rows.ids.shape, dtype=torch.int32, pin_memory=pin)
@@ -289,7 +305,7 @@ def as_batch(rows: Rows, cursor: Cursor | None, bad_shards: Mapping[str, str] | 
         maskable=torch.from_numpy(rows.facts["maskable"].copy()),
         row_keys=torch.from_numpy(rows.facts["key"].copy()),
         sources=torch.from_numpy(rows.facts["source"].astype(np.int16)),
-        cursor=cursor,
+        stand=stand,
         tokens=int(rows.facts["tokens"].sum()),
         documents=int(rows.facts["documents"].sum()),
         bad_shards=bad_shards or {},

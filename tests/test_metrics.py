@@ -23,7 +23,7 @@ def batch(maskable: list[int], tokens: int, sources: tuple[int, int] = (0, -1)) 
         maskable=torch.tensor(maskable, dtype=torch.int32),
         row_keys=torch.arange(rows),
         sources=torch.tensor(sources, dtype=torch.int16),
-        cursor=None,
+        stand=None,
         tokens=tokens,
         documents=rows,
     )
