@@ -31,7 +31,10 @@ def run(main: Callable[[], int], refusals: tuple[type[Exception], ...] = (Config
         if error.errno != errno.ENOSPC:
             raise
         fail(f"no space left on the disk ({error.filename or 'while writing'}); make room and start again")
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # past what libraries do while the interpreter ends: gloo's threads abort there now and then, with a code of their own
+    os._exit(code)
 
 
 def fail(sentence: str) -> None:

@@ -18,6 +18,7 @@ from mlm_dist.world import EXIT_HANG
 LONGEST_INTERVAL_SECONDS = 5.0
 SIGNS_PER_TIMEOUT = 20
 LISTENING = 4  # intervals in which a rank that lives is sure to give a sign
+GONE = "gone"  # the last sign of a rank that ended like this one is about to
 BACKSTOP_SECONDS = 60.0
 
 
@@ -40,6 +41,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self.folder.mkdir(exist_ok=True)
+        self._give_sign()  # in place of what a launch before it left
         self.since = time.monotonic()
         self.thread.start()
         return self
@@ -68,8 +70,11 @@ class Watchdog:
 
     def _give_sign(self) -> None:
         self.signs += 1
+        self._write(str(self.signs))
+
+    def _write(self, sign: str) -> None:
         with contextlib.suppress(OSError):  # a full disk is for others to report
-            self._file(self.rank).write_text(f"{self.signs} {self.doing}")
+            self._file(self.rank).write_text(f"{sign} {self.doing}")
 
     def _end(self) -> None:
         answers = self._listen()
@@ -80,6 +85,7 @@ class Watchdog:
         print(f"rank {self.rank}, {self.doing}, the stack of each thread:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
+        self._write(GONE)
         os._exit(EXIT_HANG)
 
     def _listen(self) -> dict[int, str]:
@@ -91,7 +97,7 @@ class Watchdog:
             self._give_sign()
             for rank in range(self.size):
                 sign = self._sign(rank)
-                if sign and sign != before[rank]:
+                if sign and (sign != before[rank] or sign.startswith(GONE)):
                     answers[rank] = sign.partition(" ")[2]
         return answers
 

@@ -40,3 +40,4 @@ def rank_main(rank: int, size: int, port: int, folder: str, fn: Callable[..., An
     )  # fmt: skip
     torch.set_num_threads(1)
     torch.save(fn(*args), Path(folder) / str(rank))
+    os._exit(0)  # gloo's threads abort now and then where the interpreter ends by itself

@@ -39,7 +39,7 @@ def report() -> dict[str, float]:
     with world.join(60) as here:
         meter = Meter(here, flops_per_token=1000.0)
         for step_sums, batches in SEEN[here.rank]:
-            meter.add(step_sums, batches, data_seconds=0.001 * (here.rank + 1))
+            meter.add(step_sums, batches, data_seconds=1e-6 * (here.rank + 1))
         first = meter.report()
         assert first["step_seconds"] > 0 and 0 < first["data_wait"] < 1
         assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 1000 / (meter.peak_flops * 2))

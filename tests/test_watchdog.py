@@ -19,22 +19,29 @@ folder, rank, size = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3
 def waits_in_vain():
     print("waiting", flush=True)
     time.sleep(60)
+print("ready", flush=True)
+sys.stdin.readline()
 with Watchdog(folder, rank, size, 1.0, lambda: (folder / "said").write_text(str(rank))) as dog:
     dog.beat("at step 7")
     waits_in_vain()
 """
 
 
-def start(folder: Path, rank: int, size: int) -> subprocess.Popen:
-    command = [sys.executable, "-c", RANK, str(folder), str(rank), str(size)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, **pipes)
-    assert process.stdout.readline() == "waiting\n"
-    return process
+def start(folder: Path, size: int) -> list[subprocess.Popen]:
+    """Ranks that begin to wait at the same moment."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    commands = [[sys.executable, "-c", RANK, str(folder), str(rank), str(size)] for rank in range(size)]
+    ranks = [subprocess.Popen(command, cwd=ROOT, **pipes) for command in commands]
+    assert [rank.stdout.readline() for rank in ranks] == ["ready\n"] * size
+    for rank in ranks:
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+    assert [rank.stdout.readline() for rank in ranks] == ["waiting\n"] * size
+    return ranks
 
 
 def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(tmp_path: Path) -> None:
-    ranks = [start(tmp_path, rank, 3) for rank in range(3)]
+    ranks = start(tmp_path, 3)
     time.sleep(0.3)  # all of them have given a sign
     os.kill(ranks[0].pid, signal.SIGSTOP)
     try:
@@ -49,7 +56,7 @@ def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(tmp_path: Path
 
 
 def test_where_all_answer_nobody_is_blamed(tmp_path: Path) -> None:
-    ranks = [start(tmp_path, rank, 2) for rank in range(2)]
+    ranks = start(tmp_path, 2)
     said = [rank.communicate(timeout=30)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT_HANG, EXIT_HANG]
     assert "every rank answers" in said[0] and "every rank answers" not in said[1]
