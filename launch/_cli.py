@@ -33,7 +33,7 @@ def run(main: Callable[[], int], refusals: tuple[type[Exception], ...] = (Config
         fail(f"no space left on the disk ({error.filename or 'while writing'}); make room and start again")
     sys.stdout.flush()
     sys.stderr.flush()
-    # past what libraries do while the interpreter ends: gloo's threads abort there now and then, with a code of their own
+    # past what libraries do while the interpreter ends: gloo's threads abort there now and then, with another code
     os._exit(code)
 
 
