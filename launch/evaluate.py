@@ -1,5 +1,7 @@
 """Held-out loss of a run's checkpoint, with the same frozen masks as during training.
 
+The masks go by the row and the source's place in the run: --shards gives the shards of a mixture other ones.
+
 python launch/evaluate.py --run runs/quickstart [--step 500] [--shards OTHER]
 """
 

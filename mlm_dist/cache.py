@@ -38,7 +38,7 @@ def default_folder() -> Path:
 def make_cache(folder: str | None, gigabytes: float, fetch_seconds: float) -> "Cache":
     """The cache that data.cache_dir, data.cache_gb and data.fetch_seconds describe; nothing is made on the disk yet."""
     patience = Patience(total_seconds=fetch_seconds)
-    return Cache(Path(folder) if folder else default_folder(), int(gigabytes * 1e9), patience)
+    return Cache(Path(folder).expanduser() if folder else default_folder(), int(gigabytes * 1e9), patience)
 
 
 @contextmanager

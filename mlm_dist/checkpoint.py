@@ -11,10 +11,11 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,8 @@ def load(saved: Path, engine: Engine, world: World) -> None:
     been made (`needs_resharding`).
     """
     if not needs_resharding(saved, world):
-        path, _ = engine.deepspeed.load_checkpoint(str(saved), tag=TAG)
+        with refusing_foreign_objects(saved):
+            path, _ = engine.deepspeed.load_checkpoint(str(saved), tag=TAG)
         assert path is not None, "DeepSpeed found no checkpoint where one was verified"
         return
     folder = saved.parent / f"tmp-universal-{saved.name}"
@@ -194,7 +196,10 @@ def load(saved: Path, engine: Engine, world: World) -> None:
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            make_universal(saved / TAG, folder / TAG)
+            with refusing_foreign_objects(saved):
+                make_universal(saved / TAG, folder / TAG)
+        except CheckpointError as error:
+            problem = str(error)
         except (OSError, RuntimeError) as error:
             problem = f"{saved} can't be turned into a checkpoint for {world.size} ranks: {error}"
     problem = world.broadcast(problem)
@@ -293,12 +298,24 @@ def find(run: Path, step: int | None = None) -> Path:
 def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All weights in fp32 on the host, whatever the stage and the number of ranks that saved them. Needs no GPU."""
     folder = checkpoint / TAG
-    if json.loads((checkpoint / "manifest.json").read_text())["zero_stage"] == 0:
-        saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
-        return {name: value.float() if value.is_floating_point() else value for name, value in saved.items()}
-    # it reports its progress to both
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG))
+    with refusing_foreign_objects(checkpoint):
+        if json.loads((checkpoint / "manifest.json").read_text())["zero_stage"] == 0:
+            saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
+            return {name: value.float() if value.is_floating_point() else value for name, value in saved.items()}
+        # it reports its progress to both
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG))
+
+
+@contextmanager
+def refusing_foreign_objects(checkpoint: Path) -> Iterator[None]:
+    """Turn torch's refusal to unpickle what is not on its list, of a file whose hash is right, into one sentence."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{checkpoint} holds more than weights and plain values, and is not read: who has made it could run code"
+        ) from error
 
 
 def sha256(path: Path) -> str:

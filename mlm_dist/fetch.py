@@ -53,14 +53,23 @@ class Patience:
 class FetchError(Exception):
     """What went wrong, as the second half of a sentence. final: no use in trying again; missing: there is no such file.
 
-    misfit: what was kept of an earlier attempt can't be the beginning of this file; progress: the attempt brought a
-    good deal.
+    misfit: what was kept of an earlier attempt can't be the beginning of this file; reason: what a shard is counted
+    under; progress: the attempt brought a good deal.
     """
 
-    def __init__(self, text: str, *, final: bool = False, missing: bool = False, misfit: bool = False) -> None:
+    def __init__(
+        self,
+        text: str,
+        *,
+        final: bool = False,
+        missing: bool = False,
+        misfit: bool = False,
+        reason: str = "unreachable",
+    ) -> None:
         super().__init__(text)
         self.final = final or missing
         self.missing = missing
+        self.reason = "missing" if missing else reason
         self.misfit = misfit
         self.progress = False
 
@@ -93,7 +102,13 @@ def checked(address: str) -> str:
             f"shards are not read from {scheme.partition(':')[0]}: addresses; give a local folder or a URL with one of "
             f"{', '.join(f'{known}://' for known in WEB + STORES)}"
         )
+    if "::" in address:
+        raise ConfigError(f"{public(address)} is a chain of file systems, which is not read; give the URL of one")
     parts = urlsplit(address)
+    if scheme in WEB and not has_host(address):
+        raise ConfigError(
+            f"{public(address)} names no server; write {scheme}://HOST/FOLDER or {scheme}://HOST:PORT/FOLDER"
+        )
     if parts.password is not None or (scheme in WEB and parts.username is not None) or "?" in rest or "#" in rest:
         raise ConfigError(
             f"the address {public(address)} was given with a name, a password or a query, which would be written down "
@@ -102,6 +117,15 @@ def checked(address: str) -> str:
     if scheme in STORES:
         load_driver(scheme)
     return address.rstrip("/")
+
+
+def has_host(address: str) -> bool:
+    """True for an http URL with a host and, if any, a port that is a number."""
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def public(address: str) -> str:
@@ -244,7 +268,8 @@ def persist(attempt: Callable[[], Result], patience: Patience, deadline: float) 
             if error.final:
                 raise
             if failures >= patience.attempts or now + wait > deadline:
-                raise FetchError(f"{error}; given up after {tried} attempts in {now - started:.1f} s") from None
+                said = f"{error}; given up after {tried} attempts in {now - started:.1f} s"
+                raise FetchError(said, reason=error.reason) from None
             time.sleep(wait)
 
 
@@ -269,12 +294,14 @@ def fill(file: BinaryIO, address: str, size: int | None, patience: Patience, dea
                 if piece.offset == 0:
                     file.truncate(0)
                 if size is not None and piece.offset + len(piece.data) > size:
-                    raise FetchError(f"it holds more than the {size:,} bytes of the manifest", misfit=True)
+                    said = f"it holds more than the {size:,} bytes of the manifest"
+                    raise FetchError(said, misfit=True, reason="altered")
                 file.seek(piece.offset)
                 write(file, piece.data)
                 reached = max(reached, piece.offset + len(piece.data))
             if size is not None and file.tell() != size:
-                raise FetchError(f"it holds {file.tell():,} bytes, the manifest says {size:,}", misfit=True)
+                said = f"it holds {file.tell():,} bytes, the manifest says {size:,}"
+                raise FetchError(said, misfit=True, reason="truncated" if file.tell() else "empty")
         except FetchError as error:
             error.progress = reached >= begin + PIECE
             if error.misfit:

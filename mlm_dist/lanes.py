@@ -181,11 +181,18 @@ class BadShards:
 
     def add(self, label: str, error: ShardError) -> None:
         """Count a shard; raises the error where the budget is spent, or nothing is left of a source to go on with."""
+        if not error.of_the_shard:
+            raise error
         self.reasons.setdefault(label, error.reason)
         source = source_of(label)
         lost = sum(source_of(other) == source for other in self.reasons)
-        if len(self.reasons) > self.most or lost >= self.shards[source]:
+        if len(self.reasons) > self.most:
             raise error
+        if lost >= self.shards[source]:
+            of_it = f" of source {source}" if source else ""
+            raise ShardError(
+                f"{error.args[0]}: {error.args[1]}, and no other shard{of_it} is left: put the shards right"
+            )
 
 
 def source_of(label: str) -> str:
@@ -216,7 +223,13 @@ class Reader:
 
         Raises ShardError where the shard is damaged, missing or holds ids that the tokenizer doesn't have.
         """
-        records = list(read_records(self.manifest, window.shard, window.first, window.count, self.vocab))
+        stretch = (self.manifest, window.shard, window.first, window.count, self.vocab)
+        try:
+            records = list(read_records(*stretch))
+        except ShardError:
+            if not self.manifest.mended(window.shard):
+                raise
+            records = list(read_records(*stretch))
         tokens = np.concatenate([record.tokens for record in records])
         lengths = np.concatenate([record.lengths for record in records])
         lowest, highest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
@@ -292,11 +305,13 @@ def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[
     """
     epoch, window, row = place
     name = reader.source * lanes + lane  # a lane of another source has another name, and so do its rows
+    announced = False
     while True:
         order = LaneEpoch(reader.manifest, reader.window_records, seed, epoch, lane, lanes)
         while window < len(order):
             where = order[window]
-            if where.first == 0:
+            if where.first == 0 or not announced:
+                announced = True
                 announce_next(reader, order, window, seed, epoch, lane, lanes)
             try:
                 rows = reader.read(where, seed, epoch, where.shard, where.first)

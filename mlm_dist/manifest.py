@@ -44,10 +44,18 @@ REASONS = (
 
 
 class ShardError(RuntimeError):
-    """A shard that is not what its manifest says: `ShardError(file, what is wrong, reason)`, or a whole sentence."""
+    """A shard that is not what its manifest says: `ShardError(file, what is wrong, reason)`.
+
+    Or a whole sentence alone, of what is no fault of the shard: then it is no use to skip it.
+    """
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.args[1]}; {REBUILD}" if len(self.args) > 1 else str(self.args[0])
+
+    @property
+    def of_the_shard(self) -> bool:
+        """Whether going on without the shard would help."""
+        return len(self.args) > 1
 
     @property
     def reason(self) -> str:
@@ -92,8 +100,11 @@ class Source(Protocol):
     def roomy(self, lanes: int) -> bool:
         """True where so many lanes can read, and have their next shards fetched, without a shard coming twice."""
 
-    def check(self, shard: ShardInfo) -> None:
-        """Compare a shard with its sha256, fetched first where it must be. Raises ShardError."""
+    def check(self, shard: ShardInfo) -> bool:
+        """Compare a shard with its sha256; True where what was kept was damaged, and was fetched again.
+
+        Raises ShardError.
+        """
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,10 @@ class Manifest:
         """A shard's file. Raises OSError or ShardError."""
         info = self.shards[shard]
         return self.source.open(info) if self.source else (self.path / info.name).open("rb")
+
+    def mended(self, shard: int) -> bool:
+        """Whether a shard was found damaged in this machine's cache, and has been fetched again. Raises ShardError."""
+        return self.source is not None and self.source.check(self.shards[shard])
 
     def ahead(self, shard: int, lanes: int) -> None:
         """Tell that a shard will be wanted soon, after those that the `lanes` lanes read now."""

@@ -1,8 +1,9 @@
 """Sums of all ranks -> the numbers that are logged. One reduction and one wait for the device per report."""
 
 import math
+import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
@@ -29,6 +30,10 @@ GPU_PEAK_FLOPS = {
     "V100": 125e12,
     "RTX 4090": 165e12,
 }
+
+
+LOSSES_COMPARED = 32
+SPREADS = 8.0
 
 
 class Meter:
@@ -83,6 +88,27 @@ class Meter:
         numbers |= {name: sums[name] / rows if rows else 0.0 for name in self.sources}
         self._clear()
         return numbers
+
+
+class Spikes:
+    """Tells a loss that stands out above those that were reported before it."""
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=LOSSES_COMPARED)
+
+    def usual(self, loss: float) -> float | None:
+        """The median of the last losses where `loss` is a spike; None where it is not, or where too few are known.
+
+        A spike lies above the median by a tenth of it and by SPREADS times the median distance from it. Medians, so
+        that one spike does not hide the next.
+        """
+        losses = sorted(self.losses)
+        self.losses.append(loss)
+        if len(losses) < LOSSES_COMPARED // 2 or not math.isfinite(loss):
+            return None
+        median = statistics.median(losses)
+        spread = statistics.median(abs(other - median) for other in losses)
+        return median if loss > median + max(SPREADS * spread, 0.1 * median) else None
 
 
 def add_batches(host_sums: Sums, batches: Sequence[Batch]) -> None:

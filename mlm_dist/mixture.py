@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -63,6 +63,8 @@ def open_sources(folders: Mapping[str, SourceConfig], split: str, cache: Cache) 
     sources = ()
     for number, (name, folder) in enumerate(sorted(folders.items())):
         address = remote.join(folder.shards, split)
+        if not remote.is_remote(folder.shards) and (Path(folder.shards) / "manifest.json").exists():
+            raise ConfigError(f"{folder.shards} is one split; give the folder that it stands in, with its tokenizer")
         manifest = (remote.open_split if split == "train" else remote.find_split)(address, cache)
         if manifest is not None:
             sources += (Source(manifest, name, folder.weight, number),)
@@ -73,14 +75,15 @@ def open_sources(folders: Mapping[str, SourceConfig], split: str, cache: Cache) 
                 f"the shards in {one.place()} and {two.place()} were built with different tokenizers ({one.vocab_size} "
                 f"and {two.vocab_size} ids): build one of them again with `--tokenizer` and the folder of the other's"
             )
-    return sources
+    remotes = sum(source.manifest.source is not None for source in sources)
+    return tuple(replace(source, manifest=remote.shared(source.manifest, remotes)) for source in sources)
 
 
 def is_roomy(sources: Sources, lanes: int | None) -> bool:
     """Whether the cache holds two shards of every lane and remote source."""
     count = lanes_of(sources, lanes, 1)
     remotes = [source.manifest.source for source in sources if source.manifest.source]
-    return all(each.roomy(count * len(remotes)) for each in remotes)
+    return all(each.roomy(count) for each in remotes)
 
 
 def hash_of(sources: Sources) -> str:

@@ -1,6 +1,7 @@
 """Splits at a URL: their shards are fetched when they are wanted, or a little ahead, through the machine's cache."""
 
 import errno
+import hashlib
 import json
 import os
 import queue
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mlm_dist.cache import Cache
-from mlm_dist.fetch import FetchError, checked, fill, is_remote, public
+from mlm_dist.fetch import WEB, FetchError, checked, fill, is_remote, public
 from mlm_dist.manifest import Manifest, ShardError, ShardInfo, beside, load_manifest, sha256_of
 from mlm_dist.schema import ConfigError
 
@@ -35,6 +36,14 @@ class RemoteShards:
     cache: Cache
     largest: int
     queue: "AheadQueue"
+    sharing: int = 1  # how many sources of the run have the cache between them
+
+    def place(self, shard: ShardInfo) -> str:
+        """The shard's address; what would end a path in a URL is escaped in its name."""
+        name = shard.name
+        if self.address.startswith(WEB):
+            name = name.replace("%", "%25").replace("#", "%23").replace("?", "%3F")
+        return beside(self.address, name)
 
     def open(self, shard: ShardInfo) -> BinaryIO:
         """The shard's file; closing it lets it be evicted. Raises ShardError with what the server said."""
@@ -50,11 +59,9 @@ class RemoteShards:
                     break
             return file
         except FetchError as error:
-            raise ShardError(beside(self.address, shard.name), f"can't be fetched: {error}", "unreachable") from None
+            raise ShardError(self.place(shard), f"can't be fetched: {error}", error.reason) from None
         except OSError as error:
-            sentence = (
-                f"{beside(self.address, shard.name)} can't be kept in {self.cache.folder} ({error.strerror or error})"
-            )
+            sentence = f"{self.place(shard)} can't be kept in {self.cache.folder} ({error.strerror or error})"
             raise ShardError(f"{sentence}; make room there, lower data.cache_gb or set data.cache_dir") from error
 
     def fetch(self, shard: ShardInfo, part: BinaryIO, deadline: float) -> None:
@@ -62,7 +69,7 @@ class RemoteShards:
         for _ in range(WRONG_DOWNLOADS):
             while True:
                 try:
-                    fill(part, beside(self.address, shard.name), shard.bytes, self.cache.patience, deadline)
+                    fill(part, self.place(shard), shard.bytes, self.cache.patience, deadline)
                     break
                 except OSError as error:
                     if error.errno != errno.ENOSPC or not self.cache.evict_one():
@@ -71,7 +78,8 @@ class RemoteShards:
             if sha256_of(self.cache.part(shard)) == shard.sha256:
                 return self.cache.finish(shard, part)
             part.truncate(0)
-        raise FetchError(f"what came is not the file of the manifest ({WRONG_DOWNLOADS} times another sha256)")
+        said = f"what came is not the file of the manifest ({WRONG_DOWNLOADS} times another sha256)"
+        raise FetchError(said, reason="altered")
 
     def ahead(self, shard: ShardInfo, lanes: int) -> None:
         """Fetch a shard in the background, unless it would push out what the lanes are reading."""
@@ -80,16 +88,16 @@ class RemoteShards:
 
     def roomy(self, lanes: int) -> bool:
         """True where the cache has room for two shards of every lane."""
-        return 2 * lanes * self.largest <= self.cache.bytes
+        return 2 * lanes * self.sharing * self.largest <= self.cache.bytes
 
-    def check(self, shard: ShardInfo) -> None:
-        """Compare the cached shard with its sha256; one that was altered in the cache is fetched again."""
-        with self.open(shard):
-            path = self.cache.path(shard)
-            if sha256_of(path) == shard.sha256:
-                return
-            path.unlink()
+    def check(self, shard: ShardInfo) -> bool:
+        """Compare the cached shard with its sha256; True where it was altered there, and was fetched again."""
+        with self.open(shard) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
+                return False
+            self.cache.path(shard).unlink(missing_ok=True)
         self.open(shard).close()
+        return True
 
 
 class AheadQueue:
@@ -185,7 +193,18 @@ def load_mirrored(address: str, cache: Cache) -> Manifest:
         return load_manifest(folder)
     except ConfigError:
         shutil.rmtree(folder, ignore_errors=True)  # it may be the copy that is damaged
-        return load_manifest(cache.mirror(address, "splits", SPLIT_FILES, complete))
+    folder = cache.mirror(address, "splits", SPLIT_FILES, complete)
+    try:
+        return load_manifest(folder)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(str(folder), address)) from None
+
+
+def shared(manifest: Manifest, sharing: int) -> Manifest:
+    """The same split, told that so many sources of the run have the cache between them."""
+    if manifest.source is None:
+        return manifest
+    return replace(manifest, source=replace(manifest.source, sharing=sharing))
 
 
 def open_tokenizer(address: str, cache: Cache) -> Path:

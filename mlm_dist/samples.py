@@ -269,8 +269,8 @@ def read_documents(
         found = [ids for ids in encode(vocab, texts) if ids]
         if (len(found), sum(map(len, found))) != (documents, tokens):
             raise ShardError(
-                path,
-                f"record {index} gives {len(found)} documents of {sum(map(len, found))} tokens, not {documents} of "
-                f"{tokens}: the text is whole, so another version of tokenizers cuts it; write the manifest again",
+                f"{path}: record {index} gives {len(found)} documents of {sum(map(len, found))} tokens, not "
+                f"{documents} of {tokens}: the text is whole, so another version of tokenizers cuts it; write the "
+                "manifest again"
             )
         yield found

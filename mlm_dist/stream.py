@@ -247,7 +247,7 @@ class TrainBatches(Iterator[Batch]):
             rows, bad_shards = chunk
             for label in bad_shards.keys() - self.bad.reasons.keys():
                 reason = bad_shards[label]
-                problem = f"is {reason.replace('_', ' ')}, and one more than data.max_bad_shards"
+                problem = f"can't be used ({reason.replace('_', ' ')}), and is one more than data.max_bad_shards"
                 self.bad.add(label, ShardError(self.mixture.path(label), problem, reason))
             yield rows
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import wandb
 
+from mlm_dist.metrics import Spikes
 from mlm_dist.schema import setting
 
 SECRET_WORDS = ("key", "secret", "password", "passwd", "credential", "api_token", "auth")
@@ -47,6 +48,7 @@ class Tracker:
         self.run: wandb.Run | None = None
         self.metrics: TextIO | None = None
         self.line_open = False
+        self.spikes = Spikes()
         self.started, self.first_step = time.perf_counter(), 0
         self.folder, self.log_config, self.config = folder, log, config
 
@@ -70,6 +72,11 @@ class Tracker:
         self._guard(lambda: self.run and self.run.log({"step": step, "tokens": tokens, **numbers}))
         if "loss" in numbers:
             self._progress(progress_line(step, self.total(), numbers, self._seconds_left(step)))
+            usual = self.spikes.usual(numbers["loss"])
+            if usual is not None:
+                self.say(
+                    f"warning: the loss of {numbers['loss']:.4f} at step {step} stands out: it was about {usual:.4f}"
+                )
         else:
             self.say(
                 f"step {step}  held-out loss {numbers['valid/loss']:.4f}, "

@@ -77,6 +77,8 @@ def find(folder: Path, valid_shards: int) -> dict[str, list[str]]:
         raise ConfigError(
             f"{folder} holds tars and so does {folder / ('train' if train else 'valid')}: which are meant?"
         )
+    if not train and (folder / "valid").is_dir() and not is_left_over(folder / "valid"):
+        raise ConfigError(f"{folder / 'valid'} holds other files, and no tar; take them away")
     if train and valid_shards:
         raise ConfigError(f"--valid-shards is for tars directly in {folder}; these are in train/: move some to valid/")
     if train:
@@ -97,6 +99,10 @@ def tars_in(folder: Path) -> list[str]:
     packed = [name for name in names if name.lower().endswith(COMPRESSED)]
     if packed:
         raise ConfigError(f"{folder / packed[0]} is compressed, and there is no seeking in it: unpack it to a .tar")
+    named = [name for name in names if name.lower().endswith(".tar") and not name.startswith(".")]
+    odd = [name for name in named if not TAR_OF_TEXT.fullmatch(name)]
+    if odd:
+        raise ConfigError(f"{folder / odd[0]} is no name of a tar that is read: let it end in .tar, in small letters")
     return [name for name in names if TAR_OF_TEXT.fullmatch(name)]
 
 
@@ -210,7 +216,8 @@ def publish(
             )
         elif (folder / split).exists():  # of an index with other --valid-shards
             (folder / split / "records.npy").unlink(missing_ok=True)
-            (folder / split).rmdir()
+            with contextlib.suppress(OSError):  # it holds something else
+                (folder / split).rmdir()
     return manifests
 
 

@@ -116,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cache = make_cache(args.cache_dir, args.cache_gb, Patience().total_seconds)
         manifests = splits_of(args.folder, cache)
-        tokenizer_folder = remote.join(manifests[0].place().rpartition("/")[0] or ".", "tokenizer")
+        first = manifests[0]
+        parent = first.place().rpartition("/")[0] if first.source else str(first.path.resolve().parent)
+        tokenizer_folder = remote.join(parent, "tokenizer")
         tokenizer = vocab.load(remote.open_tokenizer(tokenizer_folder, cache))
         problems = []
         for manifest in manifests:
@@ -143,4 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

@@ -619,3 +619,23 @@ def test_text_shards_at_a_url(tmp_path: Path, tokenizer: Path, known: Vocab) -> 
         cache = make_cache(str(tmp_path / "cache"), 1.0, 20)
         remote = open_split(f"{server.address}/train", cache)
         assert deliver(remote, known, 80) == deliver(local, known, 80)
+
+
+def test_what_else_lies_in_valid_is_left_and_so_is_the_index(tmp_path: Path, tokenizer: Path) -> None:
+    plant(tmp_path / "own", as_text)
+    for tar in (tmp_path / "own" / "train").iterdir():
+        tar.rename(tmp_path / "own" / tar.name)
+    (tmp_path / "own" / "train").rmdir()
+    assert run(tmp_path / "own", tokenizer, "--valid-shards", "1") == 0
+    (tmp_path / "own" / "valid" / "notes.txt").write_text("mine")
+    assert run(tmp_path / "own", tokenizer, "--force") == 2
+    assert load_manifest(tmp_path / "own" / "train") and load_manifest(tmp_path / "own" / "valid")
+
+
+def test_a_tar_with_another_kind_of_name_is_not_passed_over(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plant(tmp_path / "own", as_text)
+    (tmp_path / "own" / "train" / "part 0.tar").rename(tmp_path / "own" / "train" / "part 0.TAR")
+    assert run(tmp_path / "own", tokenizer) == 2
+    assert "part 0.TAR is no name of a tar that is read" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from ranks import on_ranks
 
 from mlm_dist import world
 from mlm_dist.engine import StepSums
-from mlm_dist.metrics import METRICS, Meter, bad_shard_numbers, measured_peak_flops, peak_flops
+from mlm_dist.metrics import METRICS, Meter, Spikes, bad_shard_numbers, measured_peak_flops, peak_flops
 from mlm_dist.stream import Batch
 
 
@@ -96,3 +97,13 @@ def report_nothing() -> dict[str, float]:
 def test_the_cpu_peak_is_measured() -> None:
     assert 1e8 < measured_peak_flops(torch.device("cpu"), size=256) < 1e14
     assert peak_flops(torch.device("cpu")) > 1e8
+
+
+def test_a_loss_that_stands_out_is_told_and_the_rest_is_not() -> None:
+    draw, spikes = random.Random(0), Spikes()
+    falling = [6.0 / (1 + step / 50) + draw.gauss(0, 0.05) for step in range(200)]
+    assert [spikes.usual(loss) for loss in falling] == [None] * 200
+    assert spikes.usual(falling[-1] * 1.5) == pytest.approx(falling[-1], rel=0.15)
+    assert spikes.usual(falling[-1] * 1.7) is not None, "one does not hide the next"
+    assert spikes.usual(falling[-1]) is None and spikes.usual(math.nan) is None
+    assert Spikes().usual(100.0) is None

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import signal
 from pathlib import Path
@@ -11,10 +10,8 @@ import pytest
 import torch
 from launching import ROOT, metrics, overridden, pretrain, run, start_pretrain, wait_for
 from ranks import on_ranks
-from torch import Tensor, nn
 
 from mlm_dist import checkpoint, config, train, world
-from mlm_dist.encoder import Encoder, EncoderConfig
 from mlm_dist.world import EXIT_HANG, EXIT_NON_FINITE, StopFlag
 
 pytestmark = pytest.mark.slow
@@ -52,29 +49,10 @@ def test_another_number_of_ranks_goes_on_where_the_run_stood(toy: Path, tmp_path
 # ---- gradients that aren't finite
 
 
-class Faulty(nn.Module):
-    """An encoder whose training goes wrong on rank 1, from one of its calls on."""
-
-    def __init__(self, vocab_size: int, first: int, last: int) -> None:
-        super().__init__()
-        self.encoder = Encoder(EncoderConfig(layers=1, width=32, heads=2, mlp_width=48, max_positions=64), vocab_size)
-        self.first, self.last, self.calls = first, last, 0
-
-    def forward(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
-        logits = self.encoder(ids, segments=segments)
-        self.calls += self.training
-        wrong = self.training and os.environ["RANK"] == "1" and self.first <= self.calls <= self.last
-        return logits * math.nan if wrong else logits
-
-
-def faulty(vocab_size: int, first: int, last: int) -> nn.Module:
-    return Faulty(vocab_size, first, last)
-
-
 def options(first: int, last: int) -> tuple[str, ...]:
     """Overrides for steps of two calls a rank, and one logged line for each."""
     return (
-        "model.kind=factory", "model.factory=tests.test_survival:faulty", f"model.options.first={first}",
+        "model.kind=factory", "model.factory=tests.faulty:faulty", f"model.options.first={first}",
         f"model.options.last={last}", "checkpoint.every_steps=2", "engine.max_non_finite_steps=4",
     )  # fmt: skip
 

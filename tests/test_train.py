@@ -1,5 +1,6 @@
 """Real launches: `deepspeed` with two ranks, from shards to checkpoints and back."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,12 +8,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import toy_documents, write_toy_split
-from launching import ROOT, TINY, metrics, overridden, pretrain, run, start_pretrain, wait_for
+from launching import ROOT, TINY, environment, metrics, overridden, pretrain, run, start_pretrain, wait_for
 from ranks import on_ranks
 
 from mlm_dist import checkpoint, config, lanes, train, vocab, world
@@ -150,20 +153,69 @@ def test_a_port_in_use_is_named_and_both_ranks_end(toy: Path, tmp_path: Path) ->
     assert f"port {port} is in use" in refused.stdout
 
 
-def test_a_signal_saves_the_same_step_on_all_ranks_and_the_run_goes_on(toy: Path, tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    options = ("run.steps=60", "data.workers=1")
-    assert pretrain(toy, whole, *options).returncode == 0
-    launcher = start_pretrain(toy, stopped, *options)
+SIXTY = ("run.steps=60", "data.workers=2")
+
+
+@pytest.fixture(scope="module")
+def sixty(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of 60 steps that nothing stopped."""
+    folder = tmp_path_factory.mktemp("sixty") / "run"
+    assert pretrain(toy, folder, *SIXTY).returncode == 0
+    return metrics(folder, "loss")
+
+
+def to_the_group(launcher: int, number: int) -> None:
+    """As a scheduler does, or a terminal at Ctrl-C."""
+    os.killpg(launcher, number)
+
+
+def to_the_launcher(launcher: int, number: int) -> None:
+    """To the process that hands it on to one rank after another, and ends those that don't go."""
+    for process in (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+            if os.getpgid(process) == launcher and b"deepspeed.launcher.launch" in command:
+                os.kill(process, number)
+
+
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [(to_the_group, signal.SIGTERM), (to_the_group, signal.SIGINT), (to_the_launcher, signal.SIGTERM)],
+)
+def test_a_signal_saves_the_same_step_on_all_ranks_and_the_run_goes_on(
+    toy: Path, tmp_path: Path, sixty: dict[int, float], send: Callable[[int, int], None], number: int
+) -> None:
+    stopped = tmp_path / "stopped"
+    launcher = start_pretrain(toy, stopped, *SIXTY)
     wait_for(lambda: (stopped / "metrics.jsonl").exists() and len(metrics(stopped, "loss")) >= 3, launcher)
-    os.killpg(launcher.pid, signal.SIGTERM)
+    send(launcher.pid, number)
     said, _ = launcher.communicate(timeout=120)
     status = json.loads((stopped / "status.json").read_text())
     assert (status["status"], status["exit_code"]) == ("stopped", 85), said
     assert 3 <= status["step"] < 60
-    again = pretrain(toy, stopped, *options)
+    again = pretrain(toy, stopped, *SIXTY)
     assert again.returncode == 0 and f"resumed from step {status['step']}" in again.stdout
-    assert metrics(stopped, "loss") == metrics(whole, "loss")
+    assert metrics(stopped, "loss") == sixty
+
+
+def test_two_machines_by_torchrun(toy: Path, tmp_path: Path, finished: Path) -> None:
+    """Two nodes on this host, each started by a torchrun of its own."""
+    port, folder = world.free_port(), tmp_path / "run"
+    options = overridden(toy, folder, "run.steps=12", "evaluate.every_steps=6")
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
+                "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port),
+                "launch/pretrain.py", "--config", "configs/quickstart.yaml", *options,
+            ],
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert metrics(folder, "loss") == metrics(finished, "loss")
 
 
 def test_a_full_disk_leaves_the_checkpoints_before_it(toy: Path, tmp_path: Path) -> None:
