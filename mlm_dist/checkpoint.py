@@ -137,11 +137,17 @@ def commit(staging: Path, final: Path, files: dict, engine: Engine, state: State
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
         "files": files,
     }
-    write_text(staging / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    write_text(staging / "manifest.json", json.dumps(sealed(manifest), indent=1) + "\n")
     sync(staging / TAG)
     sync(staging)
     os.rename(staging, final)
     write_text(final.parent / "latest", final.name + "\n")
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the sha256 of everything else in it."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return said | {"sha256": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
 
 
 def owner(path: Path) -> int:
@@ -248,9 +254,12 @@ def step_name(step: int) -> str:
 def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
     """What is wrong with this rank's share of a checkpoint's files, in words; empty when nothing is."""
     try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"manifest.json can't be read ({type(error).__name__})"]
+    if sealed(manifest) != manifest:
+        return ["manifest.json was altered (its own sha256 differs)"]
     faults = []
     for name in sorted(files)[rank::world_size]:
         path, entry = checkpoint / name, files[name]

@@ -20,7 +20,7 @@ def make(folder: Path, step: int) -> Path:
     for name in ("state.json", "deepspeed/weights.pt"):
         (path / name).write_text(f"{name} of step {step}")
         files[name] = {"bytes": (path / name).stat().st_size, "sha256": checkpoint.sha256(path / name)}
-    (path / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
+    (path / "manifest.json").write_text(json.dumps(checkpoint.sealed({"step": step, "files": files})))
     return path
 
 
@@ -38,6 +38,16 @@ def test_every_flipped_bit_is_named(tmp_path: Path) -> None:
             (path / name).write_bytes(altered)
             assert checkpoint.verify(path) == [f"{name} was altered (its sha256 differs)"]
         (path / name).write_bytes(whole)
+
+
+def test_every_flipped_bit_of_the_manifest_is_named(tmp_path: Path) -> None:
+    file = make(tmp_path, 5) / "manifest.json"
+    whole = file.read_bytes()
+    for bit in range(8 * len(whole)):
+        altered = bytearray(whole)
+        altered[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(altered)
+        assert "manifest.json" in checkpoint.verify(file.parent)[0]
 
 
 def test_missing_short_and_unlisted_files_are_named(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_a_file_with_a_payload_is_refused_though_its_hash_is_right(
             manifest = json.loads((found / "manifest.json").read_text())
             entry = {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)}
             manifest["files"][f"deepspeed/{file.name}"] = entry
-            (found / "manifest.json").write_text(json.dumps(manifest))
+            (found / "manifest.json").write_text(json.dumps(checkpoint.sealed(manifest)))
     exported = run("launch/export.py", "--run", str(folder), "--out", str(tmp_path / "out"))
     assert exported.returncode == 2 and "Traceback" not in exported.stdout, exported.stdout
     assert "holds more than weights and plain values" in exported.stdout
