@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, pipeline
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedModel, pipeline
 
 from mlm_dist import export, huggingface, models, vocab
 from mlm_dist.encoder import EncoderConfig
@@ -63,6 +63,18 @@ def test_the_folder_loads_whole_with_the_logits_of_the_trained_model(exported, t
     expected = model(ids, segments=segments)[..., : tokenizer.size]
     assert got.shape == (3, 50, tokenizer.size)
     torch.testing.assert_close(got[segments > 0], expected[segments > 0], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_to_spare_that_a_folder_came_with_are_exported_too(tokenizer: Vocab, tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    BertForMaskedLM(BertConfig(vocab_size=tokenizer.size + 12, **shape)).save_pretrained(tmp_path / "given")
+    tokenizer.save(tmp_path / "given")
+    config = ModelConfig(kind="transformers", from_=str(tmp_path / "given"))
+    export.write(tmp_path / "made", trained(config, tokenizer), config, tokenizer, FACTS)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "made")
+    assert loaded.config.vocab_size == tokenizer.size + 12
+    again = models.build(ModelConfig(kind="transformers", from_=str(tmp_path / "made")), tokenizer.size, 64, tokenizer)
+    assert again.model.config.vocab_size == tokenizer.size + 12
 
 
 def test_the_configuration_says_what_the_model_is(exported, tokenizer: Vocab) -> None:
