@@ -29,6 +29,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from mlm_dist.engine import Engine
+from mlm_dist.manifest import replace_file, sha256_of
 from mlm_dist.schema import ConfigError, setting
 from mlm_dist.world import World
 
@@ -122,7 +123,7 @@ def write_files(staging: Path, engine: Engine, state: State, world: World) -> di
     entries = {}
     for path in mine:
         sync(path)
-        entries[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        entries[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return entries
 
 
@@ -267,7 +268,7 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
             faults.append(f"{name} is missing")
         elif path.stat().st_size != entry["bytes"]:
             faults.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-        elif sha256(path) != entry["sha256"]:
+        elif sha256_of(path) != entry["sha256"]:
             faults.append(f"{name} was altered (its sha256 differs)")
     return faults
 
@@ -327,11 +328,6 @@ def refusing_foreign_objects(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -343,8 +339,4 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole: a reader sees the old text or the new."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
+    replace_file(path, text.encode())

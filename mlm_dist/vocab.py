@@ -106,19 +106,19 @@ class Vocab:
 
 def as_text(token: str) -> str:
     """What a token of byte-level BPE stands for; bytes that make no whole character are left out."""
-    codes = {char: byte for byte, char in byte_characters().items()}
+    codes = bytes_of_characters()
     return bytes(codes[char] for char in token if char in codes).decode("utf-8", "ignore")
 
 
 @functools.cache
-def byte_characters() -> dict[int, str]:
-    """The character that byte-level BPE writes for each byte: itself where it's printable, else one from U+0100 on.
+def bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of byte-level BPE stands for: itself where it's printable; others from U+0100 on.
 
     After GPT-2's encoder (Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/encoder.py).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def begins_word(text: str) -> bool:

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import zstandard
 
+from mlm_dist.samples import utf8, what
 from mlm_dist.schema import ConfigError
 from shards.files import HTML, JSON_LINES, PARQUET, Piece, packing, plain_suffix
 from shards.markup import html_text
@@ -320,15 +321,6 @@ def pieces_of(text: str, longest: int) -> Iterator[str]:
     yield data.decode()
 
 
-def what(said: object) -> str:
-    """What a line of JSON holds instead of a text, in a few words."""
-    if not isinstance(said, dict):
-        return f"it is a {type(said).__name__}, not an object"
-    return (
-        f"it has {', '.join(f'{key!r} ({type(value).__name__})' for key, value in list(said.items())[:8]) or 'no keys'}"
-    )
-
-
 def where(chunk: Chunk, number: int) -> str:
     """FILE:LINE of a chunk's line, FILE, row ROW, or FILE for number 0: for errors, since it may read the file."""
     if not number or chunk.lengths:
@@ -343,11 +335,10 @@ def where(chunk: Chunk, number: int) -> str:
 
 def decoded(data: bytes, chunk: Chunk, number: int, reading: Reading, counts: Counts) -> str:
     """UTF-8 as text, without a byte order mark; what isn't UTF-8 becomes U+FFFD and is counted."""
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError:
-        replaced(len(data) - len(data.decode("utf-8", "ignore").encode()), chunk, number, reading, counts)
-        return data.decode("utf-8", "replace").removeprefix("\ufeff")
+    text, bad = utf8(data)
+    if bad:
+        replaced(bad, chunk, number, reading, counts)
+    return text
 
 
 def replaced(count: int, chunk: Chunk, number: int, reading: Reading, counts: Counts) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from mlm_dist import checkpoint
 from mlm_dist.checkpoint import CheckpointConfig, State
+from mlm_dist.manifest import sha256_of
 from mlm_dist.schema import ConfigError
 
 
@@ -19,7 +20,7 @@ def make(folder: Path, step: int) -> Path:
     files = {}
     for name in ("state.json", "deepspeed/weights.pt"):
         (path / name).write_text(f"{name} of step {step}")
-        files[name] = {"bytes": (path / name).stat().st_size, "sha256": checkpoint.sha256(path / name)}
+        files[name] = {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
     (path / "manifest.json").write_text(json.dumps(checkpoint.sealed({"step": step, "files": files})))
     return path
 

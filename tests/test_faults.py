@@ -13,6 +13,7 @@ from launching import ROOT, metrics, overridden, run
 from ranks import on_ranks
 
 from mlm_dist import checkpoint, config, train, world
+from mlm_dist.manifest import sha256_of
 from mlm_dist.world import StopFlag
 
 pytestmark = pytest.mark.slow
@@ -145,7 +146,7 @@ def test_a_file_with_a_payload_is_refused_though_its_hash_is_right(
         for file in (found / "deepspeed").iterdir():
             torch.save(torch.load(file, weights_only=False) | {"more": Payload(tmp_path / "ran")}, file)
             manifest = json.loads((found / "manifest.json").read_text())
-            entry = {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)}
+            entry = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
             manifest["files"][f"deepspeed/{file.name}"] = entry
             (found / "manifest.json").write_text(json.dumps(checkpoint.sealed(manifest)))
     exported = run("launch/export.py", "--run", str(folder), "--out", str(tmp_path / "out"))
