@@ -27,6 +27,7 @@ Reading order is import order: a module imports only modules above it in this li
     engine       DeepSpeed: build, train_step, eval_step
     metrics      sums -> numbers; one reduction per report
     tracker      console, metrics.jsonl, W&B
+    run_folder   the folder of a run: its lock, how the run stands, what it ran on
     checkpoint   save, verify, resume, keep
     evaluate     held-out loss with frozen masks
     config       RunConfig: the sections above; checks across sections

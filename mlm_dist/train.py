@@ -1,14 +1,9 @@
 """The loop: next micro-batches, one step, and what is due."""
 
-import fcntl
-import json
-import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ from mlm_dist.manifest import ShardError
 from mlm_dist.metrics import Meter, bad_shard_numbers
 from mlm_dist.mixture import Sources
 from mlm_dist.mlm import MLM
+from mlm_dist.run_folder import open_folder, write_environment, write_status
 from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch
 from mlm_dist.tracker import Tracker
@@ -38,8 +34,6 @@ COLLECTIVE_MARGIN_SECONDS = 120.0
 
 # What ends a run with one sentence and exit code 2.
 REFUSALS = (ConfigError, ShardError, CheckpointError)
-
-LIBRARIES = ("torch", "deepspeed", "webdataset", "transformers", "tokenizers", "wandb", "numpy")
 
 
 @dataclass
@@ -74,22 +68,34 @@ def train(cfg: RunConfig) -> int:
 def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
     """The same on ranks that have joined already."""
     with ExitStack() as stack:
-        folder = open_folder(cfg, here, stack)
-        watchdog = Watchdog(folder, here.rank, here.size, cfg.engine.timeout_seconds, lambda: hang_status(folder))
+        folder = open_folder(Path(cfg.run.dir), here, stack)
+        watchdog = Watchdog(
+            folder,
+            here.rank,
+            here.size,
+            cfg.engine.timeout_seconds,
+            on_hang=lambda: write_status(folder, "failed", EXIT_HANG),
+        )
         stack.enter_context(watchdog)
         run = prepare(cfg, folder, here, watchdog, stack)
         exit_code = 1
         try:
-            write_status(run, "running", None)
+            tell(run, "running", None)
             exit_code = loop(run, stop)
         except REFUSALS:
             exit_code = EXIT_CONFIG_ERROR
             raise
         finally:
-            write_status(run, {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed"), exit_code)
+            tell(run, {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed"), exit_code)
             run.tracker.finish(exit_code)
         here.barrier()  # launchers end the ranks that are left when the first one exits with a code
         return exit_code
+
+
+def tell(run: Run, status: str, exit_code: int | None) -> None:
+    """Tell in RUN/status.json how the run stands: launchers may hide the exit code."""
+    if run.world.is_main:
+        write_status(run.folder, status, exit_code, step=run.state.step, total_steps=run.state.total_steps)
 
 
 def loop(run: Run, stop: StopFlag) -> int:
@@ -281,7 +287,7 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
     if here.is_main:
         tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(schema.to_yaml(cfg))
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+        write_environment(folder)
     tracker.start(state.step)
     if not valid:
         tracker.say(f"{folders} holds no held-out documents: nothing is evaluated")
@@ -343,54 +349,3 @@ def resumed_state(cfg: RunConfig, folder: Path, saved: Path | None, facts: dict[
     state.facts = facts
     state.cursor = stream.upgraded(state.cursor) if state.cursor else None
     return state
-
-
-def open_folder(cfg: RunConfig, here: World, stack: ExitStack) -> Path:
-    """Make the run folder and hold its lock while the run lasts: two launches must not share it.
-
-    Raises ConfigError on every rank where it can't be made or another launch holds it.
-    """
-    folder = Path(cfg.run.dir)
-    problem = None
-    if here.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / "lock", "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = f"{folder} is in use by another launch; wait for it to end, or set another run.dir"
-        except OSError as error:
-            problem = f"run.dir = {folder} can't be written to ({error.strerror}); set another run.dir"
-    problem = here.broadcast(problem)
-    if problem:
-        raise ConfigError(problem)
-    return folder
-
-
-def write_status(run: Run, status: str, exit_code: int | None) -> None:
-    """Tell in RUN/status.json how the run stands: launchers may hide the exit code."""
-    if run.world.is_main:
-        content = {
-            "status": status,
-            "exit_code": exit_code,
-            "step": run.state.step,
-            "total_steps": run.state.total_steps,
-        }
-        checkpoint.write_text(run.folder / "status.json", json.dumps(content) + "\n")
-
-
-def hang_status(folder: Path) -> None:
-    """Tell in RUN/status.json that the run hung, whatever step it is at."""
-    content = {"status": "failed", "exit_code": EXIT_HANG}
-    checkpoint.write_text(folder / "status.json", json.dumps(content) + "\n")
-
-
-def environment() -> dict[str, object]:
-    """What the run ran on: versions, platform, command."""
-    versions = {name: version(name) for name in LIBRARIES}
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-    }
