@@ -4,7 +4,8 @@
 
 Builds shards of the text in a temporary folder and prints one line of JSON for each measurement: tokens a second of one
 core from open tar to packed batch, time to the first batch, memory of a worker over epochs, share of positions that
-are not padding. Rates are medians of whole epochs by CPU time; a token is a token of the text, no [CLS] and no [SEP].
+are not padding, MB of text a second that shards/build.py makes shards of. Rates are medians of whole epochs by CPU
+time; a token is a token of the text, no [CLS] and no [SEP].
 """
 
 import argparse
@@ -51,6 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--peers", type=Path, help="the python of an environment with benchmarks/requirements.txt; none: no peers")
     add("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="what to measure (default: all)")
     add("--seconds", type=float, default=10.0, help="for each rate, at least; four epochs at the least (default: 10)")
+    add("--build-repeats", type=int, default=5, help="builds that are timed (default: 5)")
     add("--epochs", type=int, default=10, help="of which memory is read (default: 10)")
     add("--epoch-tokens", type=float, nargs="+", default=[1e9], help="epochs for the first batch (default: 1e9)")
     add("--vocab-size", type=int, default=32768, help="of the tokenizer trained on the text (default: 32768)")
@@ -265,11 +267,20 @@ def measure_packing(args: argparse.Namespace, kinds: list[Kind], scratch: Path) 
             say("packing", documents=kind.name, row_tokens=row_tokens, efficiency=efficiency)
 
 
+def measure_build(args: argparse.Namespace, kinds: list[Kind], scratch: Path) -> None:
+    """What benchmarks/build.py says of the same text and tokenizer."""
+    options = ["--input", str(args.text), "--tokenizer", str(scratch / "whole" / "tokenizer")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "build.py"), *options, "--repeats", str(args.build_repeats)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    say("build", **json.loads(done.stdout))
+
+
 MEASUREMENTS = {
     "memory": measure_memory,  # first: a worker begins with what this process holds
     "packing": measure_packing,
     "throughput": measure_throughput,
     "first_batch": measure_first_batch,
+    "build": measure_build,
 }
 
 

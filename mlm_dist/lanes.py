@@ -7,24 +7,27 @@ lane `g % lanes`, so the order does not depend on who reads it: rank `r` of `n` 
 rows with `g % n == r`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from mlm_dist.manifest import Manifest, ShardError
-from mlm_dist.packing import hashed, pack, permutation
+from mlm_dist.packing import Packed, Pieces, Stretch, hashed, lay_out, pack, permutation
 from mlm_dist.schema import ConfigError
 from mlm_dist.shards import read_records
 from mlm_dist.vocab import Vocab
 
+Block = TypeVar("Block", bound=Sized)
+
 MOST_LANES = 64
 
-# What is known of a row beside its tokens. `after`: the (epoch, window, row) that follows it in its lane; `source`: the
-# number of the source that it comes from, -1 for a row of padding.
-FACTS = np.dtype(
-    [("key", "i8"), ("maskable", "i4"), ("tokens", "i4"), ("documents", "i4"), ("source", "i4"), ("after", "i8", 3)]
-)
+# What is known of a row beside its tokens: one int64 in each of these columns. EPOCH, WINDOW and ROW are the place that
+# follows it in its lane; SOURCE is the number of the source that it comes from, -1 for a row of padding.
+KEY, MASKABLE, TOKENS, DOCUMENTS, SOURCE, EPOCH, WINDOW, ROW = range(8)
+FACTS = 8
+AFTER = slice(EPOCH, ROW + 1)
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,11 @@ def own_lanes(rows: int, lanes: int, world_rank: int, world_size: int) -> list[i
 
 @dataclass(frozen=True)
 class Rows:
-    """n rows on their way to a batch."""
+    """n rows on their way to a batch; ids and segments as arrays, or as the tensors of a batch."""
 
-    ids: np.ndarray  # (n, T) uint16 or uint32
-    segments: np.ndarray  # (n, T) int16
-    facts: np.ndarray  # (n,) FACTS
+    ids: Any  # (n, T) uint16 or uint32; int32 in a tensor
+    segments: Any  # (n, T) int16
+    facts: np.ndarray  # (n, FACTS) int64
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -129,41 +132,59 @@ class Rows:
         self.ids[where], self.segments[where], self.facts[where] = rows.ids, rows.segments, rows.facts
 
 
-def concatenate(parts: Sequence[Rows]) -> Rows:
-    """Rows one after the other; a single part is not copied."""
-    if len(parts) == 1:
-        return parts[0]
-    return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "segments", "facts")))
+def join(one: Rows, two: Rows) -> Rows:
+    """Rows one after the other."""
+    return Rows(
+        *(np.concatenate([getattr(part, name) for part in (one, two)]) for name in ("ids", "segments", "facts"))
+    )
 
 
-class Tap:
-    """Rows from an iterator of blocks, as many at a time as are wanted."""
+@dataclass(frozen=True)
+class WindowRows:
+    """The rows of one window, planned and not yet written out."""
 
-    def __init__(self, blocks: Iterator[Rows]) -> None:
+    packed: Packed
+    facts: np.ndarray  # (n, FACTS) int64
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+
+class Tap(Generic[Block]):
+    """Rows from an iterator of blocks, each with the number of the first row that is wanted of it."""
+
+    def __init__(self, blocks: Iterator[tuple[Block, int]]) -> None:
         self.blocks = blocks
-        self.left: Rows | None = None
+        self.block: Block | None = None
+        self.at = self.end = 0  # its rows that are still to be taken
 
-    def take(self, count: int) -> Rows:
-        parts = []
+    def take(self, count: int) -> Iterator[tuple[Block, slice]]:
+        """The next `count` rows, as slices of blocks."""
         while count:
-            if not self.left:
-                self.left = next(self.blocks)
-            parts.append(self.left[:count])
-            self.left = self.left[count:]
-            count -= len(parts[-1])
-        return concatenate(parts)
+            while self.at == self.end:
+                self.block, self.at = next(self.blocks)
+                self.end = len(self.block)
+            first, self.at = self.at, min(self.at + count, self.end)
+            count -= self.at - first
+            yield self.block, slice(first, self.at)
 
 
-def one_by_one(blocks: Iterable[Rows]) -> Iterator[tuple[np.ndarray, ...]]:
-    """The rows of all blocks, each as its (ids, segments, facts); to slice them out of Rows costs ten times as much."""
-    for block in blocks:
-        yield from zip(block.ids, block.segments, block.facts.view(np.int32).reshape(len(block), -1), strict=True)
+class Planned(NamedTuple):
+    """Rows of a window, and the rows of a block that they become."""
+
+    window: WindowRows
+    rows: slice
+    to: np.ndarray  # (rows,) int64
 
 
-def stack(rows: Sequence[tuple[np.ndarray, ...]]) -> Rows:
-    """What `one_by_one` took apart, put together: at least one row."""
-    ids, segments, facts = (np.concatenate(column).reshape(len(rows), -1) for column in zip(*rows, strict=True))
-    return Rows(ids, segments, facts.view(FACTS)[:, 0])
+def write_out(planned: Sequence[Planned], seq_len: int, vocab: Vocab) -> Rows:
+    """A block of rows, every one of which must be planned."""
+    ids, segments = lay_out([Stretch(part.window.packed, part.rows, part.to) for part in planned], seq_len, vocab)
+    facts = np.empty((len(ids), FACTS), np.int64)
+    facts[np.concatenate([part.to for part in planned])] = np.concatenate(
+        [part.window.facts[part.rows] for part in planned]
+    )
+    return Rows(ids, segments, facts)
 
 
 class BadShards:
@@ -218,7 +239,7 @@ class Reader:
         """What a shard is called in the log and the cursor."""
         return f"{self.name}{self.name and '/'}{self.manifest.shards[shard].name}"
 
-    def read(self, window: Window, *key: int) -> Rows:
+    def read(self, window: Window, *key: int) -> WindowRows:
         """The window's documents as rows, their order a function of the key; `key` and `after` are left to the caller.
 
         Raises ShardError where the shard is damaged, missing or holds ids that the tokenizer doesn't have.
@@ -232,29 +253,36 @@ class Reader:
             records = list(read_records(*stretch))
         tokens = np.concatenate([record.tokens for record in records])
         lengths = np.concatenate([record.lengths for record in records])
-        lowest, highest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
-        if highest >= self.vocab.size:
+        if len(tokens) and tokens.max() >= self.vocab.size:
             raise ShardError(
                 self.manifest.place(self.manifest.shards[window.shard].name),
-                f"holds token id {highest}, and the tokenizer only has {self.vocab.size} ids: they don't match",
+                f"holds token id {tokens.max()}, and the tokenizer only has {self.vocab.size} ids: they don't match",
                 "foreign_ids",
             )
-        packed = pack(tokens, lengths, self.seq_len, self.vocab, self.packing, key)
-        facts = np.zeros(len(packed.ids), FACTS)
-        # special ids in the text are rare, and mostly lie outside the range of the others: then no token is looked at
-        no_specials = self.plain[lowest : highest + 1].all()
-        facts["maskable"] = packed.text if no_specials else np.count_nonzero(self.plain.take(packed.ids), axis=1)
-        facts["tokens"] = packed.tokens
-        facts["documents"] = packed.documents
-        facts["source"] = self.source
-        return Rows(packed.ids, packed.segments, facts)
+        packed = pack(tokens, lengths, self.seq_len, self.packing, key)
+        facts = np.empty((len(packed), FACTS), np.int64)
+        facts[:, MASKABLE] = packed.text - self.specials(packed)
+        facts[:, TOKENS] = packed.tokens
+        facts[:, DOCUMENTS] = packed.openings
+        facts[:, SOURCE] = self.source
+        return WindowRows(packed, facts)
+
+    def specials(self, packed: Packed) -> np.ndarray | int:
+        """The special ids in the text of each row: rare, and mostly outside the range of the others."""
+        tokens = packed.documents
+        if not len(tokens) or self.plain[tokens.min() :].all():
+            return 0
+        before = np.concatenate([[0], np.cumsum(~self.plain[tokens])])
+        pieces = Pieces(*packed.pieces)
+        held = before[pieces.start + pieces.length] - before[pieces.start]
+        return np.bincount(pieces.row, held, len(packed)).astype(np.int64)
 
     def blank_rows(self, count: int) -> Rows:
         """Rows of padding alone."""
         shape = (count, self.seq_len)
         ids = np.full(shape, self.vocab.pad_id, self.manifest.dtype)
-        facts = np.zeros(count, FACTS)
-        facts["source"] = -1
+        facts = np.zeros((count, FACTS), np.int64)
+        facts[:, SOURCE] = -1
         return Rows(ids, np.zeros(shape, np.int16), facts)
 
 
@@ -298,8 +326,10 @@ def announce_next(reader: Reader, order: LaneEpoch, window: int, seed: int, epoc
         announce(reader, seed, lane, lanes, (epoch + 1, 0, 0))
 
 
-def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[int], bad: BadShards) -> Iterator[Rows]:
-    """The rows of one lane from `place` (epoch, window, row) on, one window at a time, endlessly.
+def lane_rows(
+    reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[int], bad: BadShards
+) -> Iterator[tuple[WindowRows, int]]:
+    """The rows of one lane from `place` (epoch, window, row) on, endlessly: windows, each with its first row to take.
 
     Nothing that came before the place is read again. Raises the ShardError that `bad` refuses.
     """
@@ -321,12 +351,11 @@ def lane_rows(reader: Reader, seed: int, lane: int, lanes: int, place: Sequence[
                 continue
             assert row <= len(rows), "the cursor is of other shards, or of rows of another length"
             numbers = np.arange(len(rows))
-            rows.facts["key"] = hashed(epoch, name, window, numbers).view(np.int64)
-            rows.facts["after"] = np.stack(
-                [np.full_like(numbers, epoch), np.full_like(numbers, window), numbers + 1], axis=1
-            )
+            rows.facts[:, KEY] = hashed(epoch, name, window, numbers).view(np.int64)
+            rows.facts[:, AFTER] = epoch, window, 0
+            rows.facts[:, ROW] = numbers + 1
             window += 1
-            rows.facts["after"][-1:] = (epoch, window, 0) if window < len(order) else (epoch + 1, 0, 0)
-            yield rows[row:]
+            rows.facts[-1:, AFTER] = (epoch, window, 0) if window < len(order) else (epoch + 1, 0, 0)
+            yield rows, row
             row = 0
         epoch, window = epoch + 1, 0

@@ -1,23 +1,28 @@
-"""Worker processes: each reads its share of a rank's lanes ahead of training and hands over chunks of rows."""
+"""Worker processes: each reads its share of a rank's lanes ahead of training and hands over blocks of rows."""
 
-import itertools
 import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from mlm_dist.lanes import Rows, stack
+from mlm_dist.lanes import Rows
 from mlm_dist.manifest import ShardError
-from mlm_dist.mixture import Mixture, places_in
+from mlm_dist.mixture import LaneTaps, Mixture, places_in
 
-# A lane's next window takes some 10 ms; lanes need theirs at nearly the same time. This many micro-batches bridge that.
-CHUNKS_AHEAD = 8
+# A lane's next window takes some 10 ms; lanes need theirs at nearly the same time. This many blocks bridge that.
+BLOCKS_AHEAD = 8
+# Several rows of a lane are written out at a time, as far as a block then holds no more positions than this: 1 MB.
+MOST_ROUNDS, BLOCK_POSITIONS = 8, 2**18
 
 
-class LaneChunks(IterableDataset):
-    """What one worker reads: endless chunks of rows of its lanes, one row of each in turn.
+class LaneBlocks(IterableDataset):
+    """What one worker reads: endless blocks of rows of its lanes, one row of each in turn.
+
+    first_rows: rows of a block in the first round, so that the first batch needn't wait for every lane's window;
+                blocks grow from there
 
     Yields (rows, bad shards so far with their reasons), or a ShardError, and then ends.
     """
@@ -28,14 +33,14 @@ class LaneChunks(IterableDataset):
         seed: int,
         start: Mapping[str, Any],
         lanes: list[int],
-        chunk_rows: int,
+        first_rows: int,
         max_bad_shards: int,
     ) -> None:
         self.mixture = mixture
         self.seed = seed
         self.start = start
         self.lanes = lanes
-        self.chunk_rows = chunk_rows
+        self.first_rows = first_rows
         self.bad = mixture.bad_shards(start["bad_shards"], max_bad_shards)
 
     def __iter__(self) -> Iterator[tuple[Rows, dict[str, str]] | ShardError]:
@@ -43,14 +48,23 @@ class LaneChunks(IterableDataset):
         places = {lane: places_in(starts[lane], len(mixture.readers)) for lane in self.lanes}
         for lane in self.lanes:
             mixture.announce(self.seed, lane, len(starts), places[lane])
-        lanes = [mixture.rows(self.seed, lane, len(starts), places[lane], self.bad) for lane in self.lanes]
-        turns = itertools.cycle(lanes)
+        lanes = [mixture.lane(self.seed, lane, len(starts), places[lane], self.bad) for lane in self.lanes]
+        most = min(MOST_ROUNDS, BLOCK_POSITIONS // (mixture.readers[0].seq_len * len(lanes)))
+        rounds = 1
         try:
+            for first in range(0, len(lanes), self.first_rows):
+                yield self.block(lanes[first : first + self.first_rows], 1)
             while True:
-                rows = [next(lane) for lane in itertools.islice(turns, self.chunk_rows)]
-                yield stack(rows), dict(self.bad.reasons)
+                rounds = max(1, min(2 * rounds, most))
+                yield self.block(lanes, rounds)
         except ShardError as error:
             yield error  # as a value: raised here, it would reach the parent as a traceback in another error's text
+
+    def block(self, lanes: list[LaneTaps], rounds: int) -> tuple[Rows, dict[str, str]]:
+        """So many rows of each lane, in turn, and the bad shards so far."""
+        numbers = np.arange(rounds * len(lanes))
+        planned = [part for place, lane in enumerate(lanes) for part in lane.take(numbers[place :: len(lanes)])]
+        return self.mixture.write_out(planned), dict(self.bad.reasons)
 
 
 def shield(worker: int) -> None:
@@ -59,22 +73,22 @@ def shield(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def unchanged(chunk: Any) -> Any:
-    return chunk
+def unchanged(block: Any) -> Any:
+    return block
 
 
-def start_worker(chunks: LaneChunks) -> Iterator:
-    """Read `chunks` in a process of its own.
+def start_worker(blocks: LaneBlocks) -> Iterator:
+    """Read `blocks` in a process of its own.
 
     Forked, since a spawned one imports everything anew (seconds); it touches neither the GPU nor the process group.
     The arrays come through a pipe: no shared memory that could run out.
     """
     loader = DataLoader(
-        chunks,
+        blocks,
         batch_size=None,
         collate_fn=unchanged,
         num_workers=1,
-        prefetch_factor=CHUNKS_AHEAD,
+        prefetch_factor=BLOCKS_AHEAD,
         worker_init_fn=shield,
         generator=torch.Generator(),  # else it draws from the global one
         multiprocessing_context="fork",

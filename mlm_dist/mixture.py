@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,17 @@ from mlm_dist.cache import Cache
 from mlm_dist.lanes import (
     MOST_LANES,
     BadShards,
+    Planned,
     Reader,
     Rows,
+    Tap,
+    WindowRows,
     announce,
     lane_rows,
     make_reader,
-    one_by_one,
     resolve_lanes,
     source_of,
+    write_out,
 )
 from mlm_dist.manifest import Manifest
 from mlm_dist.packing import hashed
@@ -178,6 +182,9 @@ class Mixture:
     readers: tuple[Reader, ...]
     weights: tuple[int, ...]
 
+    def write_out(self, planned: Sequence[Planned]) -> Rows:
+        return write_out(planned, self.readers[0].seq_len, self.readers[0].vocab)
+
     def blank_rows(self, count: int) -> Rows:
         return self.readers[0].blank_rows(count)
 
@@ -196,20 +203,36 @@ class Mixture:
         for reader, place in zip(self.readers, places, strict=True):
             announce(reader, source_seed(seed, reader.source), lane, lanes, place[:3])
 
-    def rows(
-        self, seed: int, lane: int, lanes: int, places: list[Place], bad: BadShards
-    ) -> Iterator[tuple[np.ndarray, ...]]:
-        """The rows of one lane from its place in each source on, endlessly, as `one_by_one` gives them.
-
-        Raises as `lane_rows` does.
-        """
-        rows = [
-            one_by_one(lane_rows(reader, source_seed(seed, reader.source), lane, lanes, place[:3], bad))
+    def lane(self, seed: int, lane: int, lanes: int, places: list[Place], bad: BadShards) -> "LaneTaps":
+        """The rows of one lane from its place in each source on, endlessly."""
+        taps = [
+            Tap(lane_rows(reader, source_seed(seed, reader.source), lane, lanes, place[:3], bad))
             for reader, place in zip(self.readers, places, strict=True)
         ]
-        if len(rows) == 1:
-            return rows[0]
-        return (next(rows[source]) for source in turns_of(self.weights, lane, [place[3] for place in places]))
+        turns = repeat(0) if len(taps) == 1 else turns_of(self.weights, lane, [place[3] for place in places])
+        return LaneTaps(taps, turns)
+
+
+@dataclass(frozen=True)
+class LaneTaps:
+    """A lane's rows of each source, and whose turn it is."""
+
+    taps: list[Tap[WindowRows]]
+    turns: Iterator[int]
+
+    def take(self, to: np.ndarray) -> Iterator[Planned]:
+        """The lane's next rows, to become the rows `to` (n,) of a block. Raises as `lane_rows` does."""
+        if len(self.taps) == 1:
+            shares = [to]
+        else:
+            sources = np.fromiter(self.turns, np.int64, len(to))
+            shares = [to[sources == source] for source in range(len(self.taps))]
+        for tap, share in zip(self.taps, shares, strict=True):
+            done = 0
+            for window, rows in tap.take(len(share)):
+                count = rows.stop - rows.start
+                yield Planned(window, rows, share[done : done + count])
+                done += count
 
 
 def source_seed(seed: int, source: int) -> int:

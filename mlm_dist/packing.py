@@ -9,6 +9,8 @@ a long document don't stand in a run.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,54 +53,39 @@ def permutation(count: int, *key: int) -> np.ndarray:
     return np.argsort(hashed(*key, np.arange(count)), kind="stable")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Where each of P pieces comes from and goes to; pieces are in the order of their rows and columns."""
+class Pieces(NamedTuple):
+    """P pieces of documents, each with its place."""
 
-    rows: int
     row: np.ndarray  # (P,) int64
     column: np.ndarray  # (P,) int64: position of the piece's [CLS] in the row
     segment: np.ndarray  # (P,) int64: 1, 2, ... in each row
     start: np.ndarray  # (P,) int64: first token, counted over all documents laid end to end
     length: np.ndarray  # (P,) int64: tokens, without [CLS] and [SEP]
-    opens: np.ndarray  # (P,) bool: the piece is the first of its document
 
 
 @dataclass(frozen=True)
 class Packed:
-    """R rows of T positions."""
+    """Documents that have their places in R rows; `lay_out` puts them there."""
 
-    ids: np.ndarray  # (R, T) the tokens' dtype
-    segments: np.ndarray  # (R, T) int16: 0 = padding, 1, 2, ... the row's pieces
+    documents: np.ndarray  # (tokens,) uint16 or uint32, end to end
+    pieces: np.ndarray  # (5, P) int64: Pieces, in the order of rows and columns
+    first: list[int]  # (R + 1,) each row's first piece, and P
     tokens: np.ndarray  # (R,) int64: positions that are not padding
     text: np.ndarray  # (R,) int64: positions that hold a document's tokens
-    documents: np.ndarray  # (R,) int64: documents that begin in the row
+    openings: np.ndarray  # (R,) int64: documents that begin in the row
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
-def pack(
-    tokens: np.ndarray, lengths: np.ndarray, row_tokens: int, vocab: Vocab, mode: str, key: tuple[int, ...]
-) -> Packed:
-    """Pack documents into rows.
+def pack(documents: np.ndarray, lengths: np.ndarray, row_tokens: int, mode: str, key: tuple[int, ...]) -> Packed:
+    """Give documents their places in rows.
 
-    tokens:  (sum of lengths,) uint16 or uint32, the documents end to end, without special ids
-    lengths: (D,) tokens of each document; one of length 0 leaves no trace
-    mode:    "best_fit", or "pad": one piece a row
-    key:     decides the order of the rows, and which of equally long pieces goes where
+    documents: (sum of lengths,) uint16 or uint32, the documents end to end, without special ids
+    lengths:   (D,) tokens of each document; one of length 0 leaves no trace
+    mode:      "best_fit", or "pad": one piece a row
+    key:       decides the order of the rows, and which of equally long pieces goes where
     """
-    plan = plan_rows(lengths, row_tokens, mode, key)
-    ids, segments = fill(plan, tokens, row_tokens, vocab)
-    text = np.bincount(plan.row, plan.length, plan.rows).astype(np.int64)
-    return Packed(
-        ids=ids,
-        segments=segments,
-        tokens=text + SPECIALS_PER_PIECE * np.bincount(plan.row, minlength=plan.rows),
-        text=text,
-        documents=np.bincount(plan.row, plan.opens, plan.rows).astype(np.int64),
-    )
-
-
-def plan_rows(lengths: np.ndarray, row_tokens: int, mode: str, key: tuple[int, ...]) -> Plan:
-    """Cut documents of the given lengths in pieces and give each its place. Arguments as for `pack`."""
     start, length, opens = cut(lengths, row_tokens - SPECIALS_PER_PIECE)
     shuffled = permutation(len(length), *key, 0)
     order = shuffled[np.argsort(-length[shuffled], kind="stable")]  # longest first, equals in the key's order
@@ -108,11 +95,19 @@ def plan_rows(lengths: np.ndarray, row_tokens: int, mode: str, key: tuple[int, .
 
     by_row = np.argsort(row, kind="stable")
     order, row, sizes = order[by_row], row[by_row], sizes[by_row]
-    first = np.searchsorted(row, np.arange(rows))  # (R,) each row's first piece
+    first = np.searchsorted(row, np.arange(rows + 1))
     end = np.cumsum(sizes)
-    column = end - sizes - (end - sizes)[first][row]
+    column = end - sizes - (end - sizes)[first[:-1]][row]
     segment = np.arange(len(row)) - first[row] + 1
-    return Plan(rows, row, column, segment, start[order], length[order], opens[order])
+    text = np.bincount(row, length[order], rows).astype(np.int64)
+    return Packed(
+        documents=documents,
+        pieces=np.stack(Pieces(row, column, segment, start[order], length[order])),
+        first=first.tolist(),
+        tokens=text + SPECIALS_PER_PIECE * np.diff(first),
+        text=text,
+        openings=np.bincount(row, opens[order], rows).astype(np.int64),
+    )
 
 
 def cut(lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -155,24 +150,51 @@ def one_per_row(sizes: np.ndarray, row_tokens: int) -> tuple[np.ndarray, int]:
     return np.arange(len(sizes)), len(sizes)
 
 
-def fill(plan: Plan, tokens: np.ndarray, row_tokens: int, vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
-    """Copy the tokens to their places -> ids (R, T) in the tokens' dtype, segments (R, T) int16."""
-    cls_at = plan.row * row_tokens + plan.column
-    sep_at = cls_at + plan.length + 1
-    ids = np.full(plan.rows * row_tokens, vocab.pad_id, tokens.dtype)
+class Stretch(NamedTuple):
+    """Consecutive rows of a Packed, and the rows of a block that they become."""
+
+    packed: Packed
+    rows: slice
+    to: np.ndarray  # (rows,) int64
+
+
+def lay_out(stretches: Sequence[Stretch], row_tokens: int, vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
+    """Write rows out as a block, every row of which is some stretch's: of one, or of as many lanes as there are.
+
+    Returns ids (R, T) in the documents' dtype, and segments (R, T) int16: 0 = padding, 1, 2, ... the row's pieces.
+    Rows are written when they are wanted, not when they are planned: they are then written once, into a block that
+    the processor's cache still holds.
+    """
+    to = np.concatenate([stretch.to for stretch in stretches])  # (R,)
+    parts = [packed.pieces[:, packed.first[rows.start] : packed.first[rows.stop]] for packed, rows, _ in stretches]
+    counts = [part.shape[1] for part in parts]
+    pieces = Pieces(*np.concatenate(parts, axis=1))
+    before = np.cumsum([len(stretch.to) for stretch in stretches])
+    shift = [end - stretch.rows.stop for end, stretch in zip(before.tolist(), stretches, strict=True)]
+    cls_at = to[pieces.row + np.repeat(shift, counts)] * row_tokens + pieces.column
+    sep_at = cls_at + pieces.length + 1
+
+    ids = np.full(len(to) * row_tokens, vocab.pad_id, stretches[0].packed.documents.dtype)
     ids[cls_at] = vocab.cls_id
     ids[sep_at] = vocab.sep_id
     # slice by slice: an index for every token would cost several times the tokens' own memory to write and read
-    moves = np.stack([cls_at + 1, sep_at, plan.start, plan.start + plan.length], axis=1)
-    source, target = memoryview(tokens), memoryview(ids)  # whose slices cost half of numpy's
-    for begin, end, first, last in moves.tolist():
-        target[begin:end] = source[first:last]
+    ends = pieces.start + pieces.length
+    moves = zip((cls_at + 1).tolist(), sep_at.tolist(), pieces.start.tolist(), ends.tolist(), strict=True)
+    target = memoryview(ids)  # whose slices cost half of numpy's
+    for stretch, count in zip(stretches, counts, strict=True):
+        source = memoryview(stretch.packed.documents)
+        for begin, end, first, last in islice(moves, count):
+            target[begin:end] = source[first:last]
 
-    until = np.append(cls_at[1:], plan.rows * row_tokens)[: len(cls_at)]  # the piece and the padding behind it, if any
-    runs = np.stack([sep_at + 1 - cls_at, until - sep_at - 1], axis=1)
-    numbers = np.stack([plan.segment, np.zeros_like(plan.segment)], axis=1).astype(np.int16)
+    in_order = np.argsort(cls_at)
+    begins = cls_at[in_order]
+    runs = np.empty((len(begins), 2), np.int64)  # positions of each piece and of the padding behind it, if any
+    runs[:, 0] = pieces.length[in_order] + SPECIALS_PER_PIECE
+    runs[:, 1] = np.append(begins[1:], len(ids))[: len(begins)] - begins - runs[:, 0]
+    numbers = np.zeros((len(begins), 2), np.int16)
+    numbers[:, 0] = pieces.segment[in_order]
     segments = np.repeat(numbers.ravel(), runs.ravel())
-    return ids.reshape(plan.rows, row_tokens), segments.reshape(plan.rows, row_tokens)
+    return ids.reshape(-1, row_tokens), segments.reshape(-1, row_tokens)
 
 
 MODES = {"best_fit": best_fit, "pad": one_per_row}

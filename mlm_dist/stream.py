@@ -1,7 +1,7 @@
 """Shards -> batches, in an order that nothing but (manifest, seed, lanes, batch shape) decides.
 
-Each worker process reads its share of the rank's lanes and hands over chunks of rows, in the order in which they are
-wanted; every row brings the place of its lane after it. The parent deals the chunks into micro-batches, so that the
+Each worker process reads its share of the rank's lanes and hands over blocks of rows, in the order in which they are
+wanted; every row brings the place of its lane after it. The parent deals the blocks into micro-batches, so that the
 cursor in a Batch says what was delivered, however far the workers have read ahead.
 """
 
@@ -14,8 +14,22 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from mlm_dist.lanes import Rows, Tap, concatenate, own_lanes, windows_in_order
-from mlm_dist.loader import LaneChunks, start_worker
+from mlm_dist.lanes import (
+    AFTER,
+    DOCUMENTS,
+    FACTS,
+    KEY,
+    MASKABLE,
+    SOURCE,
+    TOKENS,
+    Planned,
+    Rows,
+    Tap,
+    join,
+    own_lanes,
+    windows_in_order,
+)
+from mlm_dist.loader import LaneBlocks, start_worker
 from mlm_dist.manifest import Manifest, ShardError
 from mlm_dist.mixture import (
     Mixture,
@@ -231,25 +245,25 @@ class TrainBatches(Iterator[Batch]):
         self.bad = mixture.bad_shards(start["bad_shards"], data.max_bad_shards)
 
         readers = max(1, min(data.workers, len(self.lanes)))
-        chunk_rows = -(-micro_rows // readers)
+        first_rows = -(-micro_rows // readers)
         shares = [
-            LaneChunks(mixture, seed, start, self.lanes[worker::readers], chunk_rows, data.max_bad_shards)
+            LaneBlocks(mixture, seed, start, self.lanes[worker::readers], first_rows, data.max_bad_shards)
             for worker in range(readers)
         ]
         self.workers = [start_worker(share) for share in shares] if data.workers else []
-        self.taps = [Tap(self.receive(chunks)) for chunks in self.workers or map(iter, shares)]
+        self.taps = [Tap(self.receive(blocks)) for blocks in self.workers or map(iter, shares)]
 
-    def receive(self, chunks: Iterator) -> Iterator[Rows]:
-        """The rows of one worker's chunks; raises the error that it met."""
-        for chunk in chunks:
-            if isinstance(chunk, ShardError):
-                raise chunk
-            rows, bad_shards = chunk
+    def receive(self, blocks: Iterator) -> Iterator[tuple[Rows, int]]:
+        """One worker's blocks, as a Tap wants them; raises the error that it met."""
+        for block in blocks:
+            if isinstance(block, ShardError):
+                raise block
+            rows, bad_shards = block
             for label in bad_shards.keys() - self.bad.reasons.keys():
                 reason = bad_shards[label]
                 problem = f"can't be used ({reason.replace('_', ' ')}), and is one more than data.max_bad_shards"
                 self.bad.add(label, ShardError(self.mixture.path(label), problem, reason))
-            yield rows
+            yield as_tensors(rows), 0
 
     def __next__(self) -> Batch:
         """The rank's next micro-batch.
@@ -257,21 +271,29 @@ class TrainBatches(Iterator[Batch]):
         Raises ShardError for a damaged shard, RuntimeError where a worker process has died.
         """
         turns = (self.delivered + np.arange(self.micro_rows)) % len(self.lanes)  # (B,) index into own lanes
-        if len(self.taps) == 1:
-            rows = self.taps[0].take(self.micro_rows)
-        else:
-            rows = self.mixture.blank_rows(self.micro_rows)
-            for worker, tap in enumerate(self.taps):
-                mine = np.flatnonzero(turns % len(self.taps) == worker)
-                if len(mine):
-                    rows[mine] = tap.take(len(mine))
+        rows = self.take(turns)
         self.delivered += self.micro_rows
-        sources = rows.facts["source"]
-        self.places[turns, sources, :3] = rows.facts["after"]  # of a lane's rows of a source, the last one stands
+        sources = rows.facts[:, SOURCE]
+        self.places[turns, sources, :3] = rows.facts[:, AFTER]  # of a lane's rows of a source, the last one stands
         np.add.at(self.places, (turns, sources, 3), 1)
         delivered = self.start["rows"] + self.delivered * self.world_size
         bad = dict(sorted(self.bad.reasons.items()))
         return as_batch(rows, Stand(delivered, len(self.start["lanes"]), self.lanes, self.places.copy(), bad), bad)
+
+    def take(self, turns: np.ndarray) -> Rows:
+        """A row of each of these lanes (B,), by their places among this rank's."""
+        taken = None
+        for worker, tap in enumerate(self.taps):
+            mine = np.flatnonzero(turns % len(self.taps) == worker)
+            for block, where in tap.take(len(mine)):
+                part = block[where]
+                if len(part) == len(turns):
+                    return part
+                taken = taken or empty_tensors(len(turns), part.ids.shape[1])
+                taken[mine[: len(part)]] = part
+                mine = mine[len(part) :]
+        assert taken is not None, "a micro-batch has rows"
+        return taken
 
     def close(self) -> None:
         """End the worker processes. Nothing can be taken after it."""
@@ -292,22 +314,36 @@ class TrainBatches(Iterator[Batch]):
         self.close()
 
 
-def as_batch(rows: Rows, stand: Stand | None, bad_shards: Mapping[str, str] | None = None) -> Batch:
-    """Rows as tensors; in pinned memory where they will be copied to a GPU."""
+def as_tensors(rows: Rows) -> Rows:
+    """Rows whose ids and segments are tensors."""
+    tensors = empty_tensors(*rows.ids.shape)
+    tensors.ids.numpy()[:] = rows.ids
+    tensors.segments.numpy()[:] = rows.segments
+    tensors.facts[:] = rows.facts
+    return tensors
+
+
+def empty_tensors(rows: int, seq_len: int) -> Rows:
+    """The same, to be filled; in pinned memory where they will be copied to a GPU."""
     pin = torch.cuda.is_initialized()
-    ids = torch.empty(rows.ids.shape, dtype=torch.int32, pin_memory=pin)
-    segments = torch.empty(rows.segments.shape, dtype=torch.int16, pin_memory=pin)
-    ids.numpy()[:] = rows.ids
-    segments.numpy()[:] = rows.segments
+    ids = torch.empty((rows, seq_len), dtype=torch.int32, pin_memory=pin)
+    segments = torch.empty((rows, seq_len), dtype=torch.int16, pin_memory=pin)
+    return Rows(ids, segments, np.empty((rows, FACTS), np.int64))
+
+
+def as_batch(rows: Rows, stand: Stand | None, bad_shards: Mapping[str, str] | None = None) -> Batch:
+    """Rows of tensors as a micro-batch."""
+    sums = np.add.reduce(rows.facts)
+    facts = rows.facts.T
     return Batch(
-        ids=ids,
-        segments=segments,
-        maskable=torch.from_numpy(rows.facts["maskable"].copy()),
-        row_keys=torch.from_numpy(rows.facts["key"].copy()),
-        sources=torch.from_numpy(rows.facts["source"].astype(np.int16)),
+        ids=rows.ids,
+        segments=rows.segments,
+        maskable=torch.from_numpy(facts[MASKABLE].astype(np.int32)),
+        row_keys=torch.from_numpy(facts[KEY].copy()),
+        sources=torch.from_numpy(facts[SOURCE].astype(np.int16)),
         stand=stand,
-        tokens=int(rows.facts["tokens"].sum()),
-        documents=int(rows.facts["documents"].sum()),
+        tokens=int(sums[TOKENS]),
+        documents=int(sums[DOCUMENTS]),
         bad_shards=bad_shards or {},
     )
 
@@ -331,16 +367,16 @@ def held_out_batches(
     pending = mixture.blank_rows(0)
     rows = batches = 0
     for block in held_out_rows(mixture, max_rows):
-        pending = concatenate([pending, block[(world_rank - rows) % world_size :: world_size]])
+        pending = join(pending, block[(world_rank - rows) % world_size :: world_size])
         rows += len(block)
         while len(pending) >= batch.micro_rows:
-            yield as_batch(pending[: batch.micro_rows], None)
+            yield as_batch(as_tensors(pending[: batch.micro_rows]), None)
             pending = pending[batch.micro_rows :]
             batches += 1
     if batches * batch.micro_rows * world_size < rows:
         last = mixture.blank_rows(batch.micro_rows)
         last[: len(pending)] = pending
-        yield as_batch(last, None)
+        yield as_batch(as_tensors(last), None)
 
 
 def held_out_rows(mixture: Mixture, max_rows: int | None) -> Iterator[Rows]:
@@ -351,8 +387,10 @@ def held_out_rows(mixture: Mixture, max_rows: int | None) -> Iterator[Rows]:
         for number, window in enumerate(windows_in_order(reader.manifest, reader.window_records)):
             if left == 0:
                 break
-            block = reader.read(window, window.shard, window.first)
-            block.facts["key"] = hashed(0, reader.source, number, np.arange(len(block))).view(np.int64)
-            block = block[:left]
+            read = reader.read(window, window.shard, window.first)
+            read.facts[:, KEY] = hashed(0, reader.source, number, np.arange(len(read))).view(np.int64)
+            if not len(read):
+                continue
+            block = mixture.write_out([Planned(read, slice(0, len(read)), np.arange(len(read)))])[:left]
             left = None if left is None else left - len(block)
             yield block

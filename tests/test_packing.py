@@ -1,12 +1,14 @@
 """Packing: every token once, in order, inside its row, with its document's number."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from mlm_dist.packing import MODES, Packed, hashed, pack, permutation
+from mlm_dist.packing import MODES, Stretch, hashed, lay_out, pack, permutation
 from mlm_dist.vocab import Vocab
 
 SPECIALS = {"pad_id": 9, "cls_id": 2, "sep_id": 3, "mask_id": 4, "unk_id": 1, "special_ids": (1, 2, 3, 4, 9)}
@@ -19,11 +21,27 @@ def documents_of(lengths: list[int], dtype: str = "uint16") -> np.ndarray:
     return np.arange(FIRST_TOKEN, FIRST_TOKEN + sum(lengths)).astype(dtype)
 
 
-def packed(lengths: list[int], row_tokens: int, mode: str = "best_fit", key: tuple[int, ...] = (1,)) -> Packed:
-    return pack(documents_of(lengths), np.array(lengths, np.uint32), row_tokens, VOCAB, mode, key)
+class Result(NamedTuple):
+    """A window's rows, written out."""
+
+    ids: np.ndarray
+    segments: np.ndarray
+    tokens: np.ndarray
+    openings: np.ndarray
 
 
-def pieces_of(result: Packed) -> list[list[int]]:
+def written(tokens: np.ndarray, lengths: np.ndarray, row_tokens: int, mode: str, key: tuple[int, ...]) -> Result:
+    planned = pack(tokens, lengths, row_tokens, mode, key)
+    rows = len(planned)
+    ids, segments = lay_out([Stretch(planned, slice(0, rows), np.arange(rows))], row_tokens, VOCAB)
+    return Result(ids, segments, planned.tokens, planned.openings)
+
+
+def packed(lengths: list[int], row_tokens: int, mode: str = "best_fit", key: tuple[int, ...] = (1,)) -> Result:
+    return written(documents_of(lengths), np.array(lengths, np.uint32), row_tokens, mode, key)
+
+
+def pieces_of(result: Result) -> list[list[int]]:
     """The pieces as rows and segments state them; checks [CLS], [SEP] and padding on the way."""
     pieces = []
     for ids, segments in zip(result.ids.tolist(), result.segments.tolist(), strict=True):
@@ -58,7 +76,7 @@ def test_every_piece_stands_once_in_some_row(lengths, row_tokens, mode, key):
     assert sorted(pieces_of(result)) == expected_pieces(lengths, row_tokens - 2)
     assert result.ids.shape == result.segments.shape == (len(result.tokens), row_tokens)
     assert (result.tokens == (result.segments > 0).sum(axis=1)).all()
-    assert result.documents.sum() == sum(length > 0 for length in lengths)
+    assert result.openings.sum() == sum(length > 0 for length in lengths)
 
 
 @settings(deadline=None, max_examples=100)
@@ -73,7 +91,7 @@ def test_lengths_at_the_edges_of_a_row(length):
     result = packed([length], 32)
     assert sorted(pieces_of(result)) == expected_pieces([length], 30)
     assert len(result.ids) == -(-length // 30)
-    assert result.documents.sum() == (length > 0)
+    assert result.openings.sum() == (length > 0)
 
 
 def test_nothing_to_pack_gives_no_rows():
@@ -115,20 +133,31 @@ def test_full_rows_and_shared_rows_are_mixed():
     assert len(full) == 200 and len(result.ids) == 400 and 170 < full.mean() < 230
 
 
+def test_rows_of_several_windows_are_written_out_in_turn():
+    lengths = [[20, 9, 3, 40], [5, 60, 2], [31]]
+    windows = [pack(documents_of(some), np.array(some), 16, "best_fit", (1,)) for some in lengths]
+    alone = [packed(some, 16) for some in lengths]
+    taken = [slice(1, 4), slice(0, 3), slice(0, 3)]
+    to = [np.array([0, 3, 8]), np.array([1, 4, 7]), np.array([2, 5, 6])]
+    ids, segments = lay_out([Stretch(*each) for each in zip(windows, taken, to, strict=True)], 16, VOCAB)
+    for result, rows, where in zip(alone, taken, to, strict=True):
+        assert np.array_equal(ids[where], result.ids[rows]) and np.array_equal(segments[where], result.segments[rows])
+
+
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_ids_keep_their_type(dtype):
     lengths = [100, 3]
     tokens = documents_of(lengths, dtype)
     if dtype == "uint32":
         tokens += 1_000_000
-    result = pack(tokens, np.array(lengths), 32, VOCAB, "best_fit", (0,))
+    result = written(tokens, np.array(lengths), 32, "best_fit", (0,))
     assert result.ids.dtype == dtype and result.ids.max() == tokens.max()
 
 
 def test_text_like_lengths_fill_at_least_98_percent():
     lengths = np.random.default_rng(0).lognormal(5.2, 1.0, 1500).astype(int) + 1  # mean about 300
     for row_tokens in (128, 512, 1024):
-        result = pack(np.zeros(lengths.sum(), np.uint16), lengths, row_tokens, VOCAB, "best_fit", (0,))
+        result = written(np.zeros(lengths.sum(), np.uint16), lengths, row_tokens, "best_fit", (0,))
         assert result.tokens.sum() >= 0.98 * result.ids.size
 
 
