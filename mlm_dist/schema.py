@@ -197,6 +197,8 @@ class _Checker:
             return tuple(self.read(item, each, f"{path}[{i}]", bounds) for i, each in enumerate(data))
         if origin is dict and isinstance(data, dict):
             item = typing.get_args(inner)[1]
+            if dataclasses.is_dataclass(item):  # a section that says null is one of a parent's to leave out
+                data = {key: each for key, each in data.items() if each.data is not None or each.blank}
             return {key: self.read(item, each, f"{path}.{key}", bounds) for key, each in data.items()}
         if origin is Literal and any(
             type(option) is type(data) and option == data for option in typing.get_args(inner)

@@ -62,6 +62,13 @@ def test_only_listed_keys_may_change_on_resume() -> None:
     assert [text.split(" ")[0] for text in refused] == ["batch.global_rows", "optim.lr"]
 
 
+def test_null_drops_a_parent_s_source() -> None:
+    both = ["data.shards=null", "data.sources={law: {shards: x}, web: {shards: y}}"]
+    assert list(config.load(QUICK, [*both, "data.sources.law=null"]).data.folders()) == ["web"]
+    with pytest.raises(ConfigError, match="neither is given"):
+        config.load(QUICK, [*both, "data.sources.law=null", "data.sources.web=null"])
+
+
 def test_a_sources_folder_may_move_and_its_weight_may_not_change() -> None:
     overrides = ["data.shards=null", "data.sources.law.shards=x", "data.sources.web.shards=y"]
     mixed = config.load(QUICK, [*overrides, "data.sources.law.weight=0.7"])

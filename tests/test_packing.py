@@ -1,5 +1,7 @@
 """Packing: every token once, in order, inside its row, with its document's number."""
 
+import sysconfig
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from mlm_dist.manifest import load_manifest
 from mlm_dist.packing import MODES, Stretch, hashed, lay_out, pack, permutation
-from mlm_dist.vocab import Vocab
+from mlm_dist.shards import read_records, write_split
+from mlm_dist.stream import BatchConfig, DataConfig, train_batches
+from mlm_dist.vocab import Vocab, load
+from shards import build
 
 SPECIALS = {"pad_id": 9, "cls_id": 2, "sep_id": 3, "mask_id": 4, "unk_id": 1, "special_ids": (1, 2, 3, 4, 9)}
 VOCAB = Vocab(Tokenizer(models.BPE()), 60_000, **SPECIALS)
@@ -175,3 +181,23 @@ def test_the_hash_is_frozen_and_spreads_evenly():
     assert len(np.unique(values)) == 100_000
     bits = (values[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
     assert np.abs(bits.mean(axis=0) - 0.5).max() < 0.01
+
+
+@pytest.mark.slow
+def test_real_text_fills_at_least_98_percent(tmp_path):
+    """Python's own library, as the quickstart reads it, in windows as full as those of a corpus."""
+    library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    options = ["--out", str(tmp_path), "--tokenizer", "train:2048", "--valid-fraction", "0"]
+    assert build.main(["--input", *map(str, library), *options]) == 0
+    small, vocab = load_manifest(tmp_path / "train"), load(tmp_path / "tokenizer")
+    records = [record for shard in range(len(small.shards)) for record in read_records(small, shard)]
+    manifest = write_split(tmp_path / "one" / "train", [records], vocab.size, vocab.fingerprint)
+    for row_tokens in (128, 512, 1024):
+        data, batch = DataConfig(shards=str(tmp_path), workers=0), BatchConfig(row_tokens, 8, 8)
+        tokens = positions = documents = 0
+        with train_batches(manifest, vocab, data, batch, 0, 0, 1) as batches:
+            while documents < manifest.documents:
+                taken = next(batches)
+                tokens, positions = tokens + taken.tokens, positions + taken.ids.numel()
+                documents += taken.documents
+        assert tokens >= 0.98 * positions, (row_tokens, tokens / positions)

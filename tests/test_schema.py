@@ -431,7 +431,6 @@ def test_a_mapping_of_sections_is_as_strict_as_a_section(here: Path) -> None:
         "others.x.share=0": "others.x.share must be a finite number (above 0), got 0",
         "others.y.share=1": "others.y.path is missing; it must be text",
         "others.y=": "others.y must be a section with keys among path, share, got nothing",
-        "others.x=null": "others.x must be a section with keys among path, share, got null",
         "others=[x]": "others must be a mapping of sections or null, got a list",
         "parts=null": "parts must be a mapping of sections, got null",
     }
@@ -439,6 +438,7 @@ def test_a_mapping_of_sections_is_as_strict_as_a_section(here: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             load(Whole, "c.yaml", [text])
         assert message in str(caught.value), str(caught.value)
+    assert load(Whole, "c.yaml", ["others.y.path=Y", "others.x=null"]).others == {"y": Part("Y")}
 
 
 def test_help_names_the_keys_of_a_mapping_of_sections() -> None:
