@@ -6,6 +6,7 @@ Reading order is import order: a module imports only modules above it in this li
     schema       that tree -> frozen dataclasses; errors name the fix
     world        ranks, device, sums and agreed flags across ranks, stop signals
     watchdog     what ends a run that hangs: stacks, the silent ranks, an exit code
+    pace         which rank is slow: each one's own work, without waiting for the others
     vocab        the tokenizer: train, load, save; special ids
     fetch        bytes from http or an object store: ranges, stalls, attempts
     manifest     what every file of a split must hold: counts, checksums, places of the records

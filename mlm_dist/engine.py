@@ -21,6 +21,7 @@ from mlm_dist import masking, optim
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
 from mlm_dist.optim import OptimConfig
+from mlm_dist.pace import Stopwatch
 from mlm_dist.schema import ConfigError, setting
 from mlm_dist.stream import Batch, BatchConfig, accumulation, micro_rows
 from mlm_dist.world import World
@@ -189,11 +190,14 @@ class Engine:
         optimizer = optim.build(optim_config, model)
         self.norm: torch.Tensor | None = None
         self.skips = Skips(0, 0)
+        self.forward_watch = Stopwatch(world.device)
         if clips_itself(config, self.precision):
             optimizer.register_step_pre_hook(lambda *_: self._clip(config.clip))
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.json | {"checkpoint": {"load_universal": universal}}
         )
+        if config.zero_stage == 3:  # DeepSpeed's hooks wait for the weights of a part
+            self.forward_watch.leave_out_hooks_of(self.deepspeed.module)
 
     def train_step(self, batches: Sequence[Batch], targets: int, step: int, lr: float, rate: float) -> StepSums:
         """One optimizer step.
@@ -210,7 +214,8 @@ class Engine:
         self.deepspeed.train()
         for micro_step, batch in enumerate(batches):
             torch.manual_seed(masking.dropout_seed(self.seed, self.world.rank, step, micro_step))
-            sums = self._forward(batch, self._row_keys(batch, step, micro_step), rate)
+            with self.forward_watch.lap():
+                sums = self._forward(batch, self._row_keys(batch, step, micro_step), rate)
             self.deepspeed.backward(sums["loss"] * scale, scale_wrt_gas=False)
             self.deepspeed.step()
             detached = StepSums(**{name: value.detach() for name, value in sums.items()})

@@ -1,6 +1,7 @@
 """Sums of all ranks -> the numbers that are logged. One reduction and one wait for the device per report."""
 
 import math
+import platform
 import statistics
 import time
 from collections import Counter, deque
@@ -10,6 +11,7 @@ from dataclasses import fields
 import torch
 
 from mlm_dist.engine import StepSums
+from mlm_dist.pace import SlowRank, slowest
 from mlm_dist.stream import Batch
 from mlm_dist.world import World
 
@@ -41,13 +43,19 @@ class Meter:
 
     flops_per_token: training arithmetic of one real token (forward and backward), for the utilisation
     sources: names of the data's sources in the order of their numbers; each one's share of the rows is reported
+    slow_rank: the share of a step's time by which a rank lags when it is told of
+    All ranks make one.
     """
 
-    def __init__(self, world: World, flops_per_token: float, sources: Sequence[str] = ()) -> None:
+    def __init__(
+        self, world: World, flops_per_token: float, sources: Sequence[str] = (), slow_rank: float = 0.1
+    ) -> None:
         self.world = world
         self.sources = [f"source/{name}" for name in sources]
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops(world.device)
+        self.slow_rank = SlowRank(world.gather(platform.node()), slow_rank)
+        self.warning: str | None = None  # of the last report: what to say of a slow rank
         self._clear()
 
     def _clear(self) -> None:
@@ -70,19 +78,30 @@ class Meter:
         """Don't count so much time (an evaluation, a save) as training."""
         self.started += seconds
 
-    def report(self) -> dict[str, float]:
-        """The metrics of all ranks since the last report, and start again. Every rank calls it; all get the same."""
+    def report(self, forward_seconds: float = 0.0) -> dict[str, float]:
+        """The metrics of all ranks since the last report, and start again. Every rank calls it; all get the same.
+
+        forward_seconds: what the forward passes of this rank took since then, without waiting for others
+        """
         sums = reduce_sums(self.world, self.device_sums, self.host_sums)
         # after the reduction, which waited for the device: the seconds that the steps really took
         seconds = time.perf_counter() - self.started
-        slowest = self.world.max(torch.tensor([seconds, self.host_sums["data_seconds"]], dtype=torch.float64)).tolist()
+        steps, data_seconds = self.host_sums["steps"], self.host_sums["data_seconds"]
+        mine = torch.tensor([seconds, data_seconds, data_seconds + forward_seconds], dtype=torch.float64)
+        by_rank = self.world.gather_numbers(mine)  # (ranks, 3)
+        most_seconds, most_data_seconds, _ = by_rank.amax(0).tolist()
+        own_seconds = by_rank[:, 2].tolist()
+        slowest_rank, lag = slowest(own_seconds)
+        self.warning = self.slow_rank.judge(int(steps), most_seconds, own_seconds)
         numbers = {name: metric(sums) for name, metric in METRICS.items()}
-        tokens_per_second = sums["tokens"] / slowest[0]
+        tokens_per_second = sums["tokens"] / most_seconds
         numbers |= {
             "tokens_per_second": tokens_per_second,
             "mfu": tokens_per_second * self.flops_per_token / (self.peak_flops * self.world.size),
-            "step_seconds": slowest[0] / max(self.host_sums["steps"], 1),
-            "data_wait": slowest[1] / slowest[0],
+            "step_seconds": most_seconds / max(steps, 1),
+            "data_wait": most_data_seconds / most_seconds,
+            "slowest_rank": slowest_rank,
+            "slowest_rank_lag": lag / most_seconds,
         }
         rows = sum(sums[name] for name in self.sources)
         numbers |= {name: sums[name] / rows if rows else 0.0 for name in self.sources}

@@ -30,6 +30,9 @@ class LogConfig:
     project: str = setting("mlm_dist", help="W&B project")
     entity: str | None = setting(None, help="W&B entity (team); none: the key's default")
     name: str | None = setting(None, help="W&B run name; none: the run folder's name")
+    slow_rank: float = setting(
+        0.1, above=0, help="warn of a rank whose own work takes longer than the median rank's by this share of a step"
+    )
     log_diff: bool = setting(False, help="let W&B record the git diff of the working tree")
 
 

@@ -205,10 +205,12 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
 
 def report(run: Run, lr: float) -> None:
     """Log what the steps since the last report came to, and count those that were skipped."""
-    numbers = run.meter.report() | {"lr": lr, "grad_norm": run.engine.grad_norm()}
+    numbers = run.meter.report(run.engine.forward_watch.read()) | {"lr": lr, "grad_norm": run.engine.grad_norm()}
     count_skips(run)
     numbers |= {"skipped_steps": run.state.skipped_steps} | bad_shard_numbers(run.bad_shards)
     run.tracker.log(run.state.step, numbers, run.state.tokens)
+    if run.meter.warning:
+        run.tracker.say(run.meter.warning)
 
 
 def count_skips(run: Run) -> None:
@@ -299,7 +301,8 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
     batches = stack.enter_context(
         stream.train_batches(sources, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
     )
-    meter = Meter(here, flops, [source.name for source in sources] if len(sources) > 1 else ())
+    names = [source.name for source in sources] if len(sources) > 1 else ()
+    meter = Meter(here, flops, names, cfg.log.slow_rank)
     bad_shards = dict(state.cursor["bad_shards"]) if state.cursor else {}
     return Run(cfg, folder, here, watchdog, tokenizer, valid, engine, state, meter, tracker, batches, bad_shards)
 

@@ -76,6 +76,12 @@ class World:
         dist.all_gather_object(items, item, group=self.control)
         return items
 
+    def gather_numbers(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Every rank's host tensor (n,), in rank order, on every rank: (ranks, n)."""
+        parts = [torch.empty_like(numbers) for _ in range(self.size)]
+        dist.all_gather(parts, numbers, group=self.control)
+        return torch.stack(parts)
+
     def broadcast(self, item: Any) -> Any:
         """Rank 0's item, on every rank."""
         box = [item]
