@@ -5,11 +5,17 @@ deepspeed launch/pretrain.py --config configs/quickstart.yaml run.dir=runs/mine 
 
 import argparse
 import os
+import signal
 
-import _cli
+# Told to stop while it is starting, a rank has nothing to save: it ends as one that was stopped at a step does, with
+# 85, so that a scheduler starts it again. From the first collective on, world.StopFlag takes over.
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda *_: os._exit(85))
 
-from mlm_dist import config, schema, train, world
-from mlm_dist.config import RunConfig
+import _cli  # noqa: E402
+
+from mlm_dist import config, schema, train, world  # noqa: E402
+from mlm_dist.config import RunConfig  # noqa: E402
 
 
 def parse() -> argparse.Namespace:

@@ -3,16 +3,19 @@
 import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, metrics, overridden, pretrain, run, start_pretrain, wait_for
+from launching import ROOT, environment, metrics, overridden, pretrain, run, start_pretrain, wait_for
 from ranks import on_ranks
 
 from mlm_dist import checkpoint, config, train, world
-from mlm_dist.world import EXIT_HANG, EXIT_NON_FINITE, StopFlag
+from mlm_dist.world import EXIT_HANG, EXIT_NON_FINITE, EXIT_STOPPED, StopFlag
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +77,24 @@ def test_a_run_that_only_goes_wrong_ends_and_its_checkpoint_stands(toy: Path, tm
     assert (status["status"], status["exit_code"], status["step"]) == ("failed", EXIT_NON_FINITE, 8)
     weights = checkpoint.full_weights(checkpoint.find(tmp_path))
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+# ---- a signal before there is anything to save
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_rank_that_is_told_to_stop_while_it_starts_may_be_started_again(
+    toy: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    starting = subprocess.Popen(
+        [sys.executable, "launch/pretrain.py", *overridden(toy, tmp_path / "run")],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    status = Path(f"/proc/{starting.pid}/status")
+    wait_for(lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> 9 & 1, starting)  # USR1
+    starting.send_signal(number)
+    said, _ = starting.communicate(timeout=60)
+    assert (starting.returncode, said) == (EXIT_STOPPED, "")
 
 
 # ---- a rank that answers no more
