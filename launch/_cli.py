@@ -1,5 +1,6 @@
 """What the launch scripts share: the package on the path, and one sentence with an exit code for every refusal."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -31,8 +32,9 @@ def run(main: Callable[[], int], refusals: tuple[type[Exception], ...] = (Config
         if error.errno != errno.ENOSPC:
             raise
         fail(f"no space left on the disk ({error.filename or 'while writing'}); make room and start again")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # where nobody listens any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     # past what libraries do while the interpreter ends: gloo's threads abort there now and then, with another code
     os._exit(code)
 

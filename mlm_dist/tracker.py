@@ -89,7 +89,7 @@ class Tracker:
     def say(self, text: str) -> None:
         """Print one line on the main rank, below the progress line where one stands."""
         if self.is_main:
-            print(("\n" if self.line_open else "") + text, flush=True)
+            put(("\n" if self.line_open else "") + text + "\n")
             self.line_open = False
 
     def finish(self, exit_code: int) -> None:
@@ -100,10 +100,10 @@ class Tracker:
 
     def _progress(self, line: str) -> None:
         if sys.stdout.isatty():
-            print(f"\r\x1b[K{line}", end="", flush=True)
+            put(f"\r\x1b[K{line}")
             self.line_open = True
         else:
-            print(line, flush=True)
+            put(f"{line}\n")
 
     def _seconds_left(self, step: int) -> float | None:
         total, done = self.total(), step - self.first_step
@@ -137,7 +137,7 @@ class Tracker:
             ),
         )
         self.run.define_metric("*", step_metric="step")
-        print(f"W&B: {mode} run {self.run.id}, {self.run.url if mode == 'online' else folder / 'wandb'}")
+        put(f"W&B: {mode} run {self.run.id}, {self.run.url if mode == 'online' else folder / 'wandb'}\n")
 
     def _guard(self, call: Callable[[], object]) -> None:
         # W&B is a mirror: whatever it raises, training goes on and metrics.jsonl stays whole
@@ -146,6 +146,19 @@ class Tracker:
         except Exception as error:
             self.run = None
             print(f"warning: W&B is off for this launch: {error}", file=sys.stderr)
+
+
+def put(text: str) -> None:
+    """Print. Where nobody listens any more, since the connection to the launcher was cut, what follows is dropped.
+
+    The run goes on, to its end or to the checkpoint that it was told to save: metrics.jsonl has it all.
+    """
+    try:
+        print(text, end="", flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def wandb_mode(log: LogConfig) -> Literal["online", "offline", "disabled"]:

@@ -79,12 +79,12 @@ class Watchdog:
     def _end(self) -> None:
         answers = self._listen()
         if self.rank == min(answers):
-            print(describe(self.timeout_seconds, answers, self.size), file=sys.stderr)
+            say(describe(self.timeout_seconds, answers, self.size))
             with contextlib.suppress(Exception):  # nothing may keep the process from ending
                 self.on_hang()
-        print(f"rank {self.rank}, {self.doing}, the stack of each thread:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        sys.stderr.flush()
+        say(f"rank {self.rank}, {self.doing}, the stack of each thread:")
+        with contextlib.suppress(OSError):
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         self._write(GONE)
         os._exit(EXIT_HANG)
 
@@ -106,6 +106,11 @@ class Watchdog:
             return self._file(rank).read_text()
         except OSError:
             return ""
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may listen any more
+        print(text, file=sys.stderr, flush=True)
 
 
 def describe(timeout_seconds: float, answers: dict[int, str], size: int) -> str:

@@ -80,6 +80,15 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], time
         time.sleep(0.1)
 
 
+def wait_for_the_end(folder: Path, timeout: float = 120) -> dict[str, Any]:
+    """The run's status once it says that it has ended: launchers may end before their ranks do."""
+    deadline = time.monotonic() + timeout
+    while (status := json.loads((folder / "status.json").read_text()))["status"] == "running":
+        assert time.monotonic() < deadline, f"it still runs: {status}"
+        time.sleep(0.1)
+    return status
+
+
 def metrics(folder: Path, name: str) -> dict[int, Any]:
     """One metric of a run, by step."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, environment, metrics, overridden, pretrain, run, start_pretrain, wait_for
+from launching import (
+    ROOT,
+    environment,
+    metrics,
+    overridden,
+    pretrain,
+    run,
+    start_pretrain,
+    wait_for,
+    wait_for_the_end,
+)
 from ranks import on_ranks
 
 from mlm_dist import checkpoint, config, train, world
@@ -95,6 +105,19 @@ def test_a_rank_that_is_told_to_stop_while_it_starts_may_be_started_again(
     starting.send_signal(number)
     said, _ = starting.communicate(timeout=60)
     assert (starting.returncode, said) == (EXIT_STOPPED, "")
+
+
+def test_a_run_that_nobody_listens_to_goes_on(toy: Path, tmp_path: Path) -> None:
+    """As where the connection to the machine that launched it is cut."""
+    launcher = start_pretrain(toy, tmp_path, "run.steps=100000")
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(metrics(tmp_path, "loss")) >= 3, launcher)
+    launcher.stdout.close()
+    heard = len(metrics(tmp_path, "loss"))
+    wait_for(lambda: len(metrics(tmp_path, "loss")) >= heard + 20, launcher)
+    os.killpg(launcher.pid, signal.SIGTERM)
+    status = wait_for_the_end(tmp_path)  # the launcher doesn't wait for its ranks
+    assert (status["status"], status["exit_code"]) == ("stopped", EXIT_STOPPED)
+    assert checkpoint.find(tmp_path).name == checkpoint.step_name(status["step"])
 
 
 # ---- a rank that answers no more

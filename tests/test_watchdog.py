@@ -55,6 +55,14 @@ def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(tmp_path: Path
         ranks[0].kill()
 
 
+def test_a_rank_that_nobody_listens_to_ends_too(tmp_path: Path) -> None:
+    [rank] = start(tmp_path, 1)
+    rank.stderr.close()
+    rank.stdout.close()
+    assert rank.wait(timeout=30) == EXIT_HANG
+    assert (tmp_path / "said").read_text() == "0"
+
+
 def test_where_all_answer_nobody_is_blamed(tmp_path: Path) -> None:
     ranks = start(tmp_path, 2)
     said = [rank.communicate(timeout=30)[1] for rank in ranks]
