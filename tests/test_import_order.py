@@ -11,8 +11,8 @@ PACKAGE = "mlm_dist"
 
 # A module imports only modules that stand before it here.
 LADDER = (
-    "yaml_tree schema world watchdog vocab fetch manifest samples cache remote shards packing lanes mixture loader "
-    "stream masking mlm encoder huggingface models optim engine metrics tracker run_folder checkpoint "
+    "yaml_tree schema world background watchdog vocab fetch manifest samples cache remote shards packing lanes mixture "
+    "loader stream masking mlm encoder huggingface models optim engine metrics tracker run_folder checkpoint saver "
     "evaluate config train export"
 ).split()
 ONLY_IN = {"webdataset": ("shards",), "wandb": ("tracker",), "deepspeed": ("engine", "checkpoint")}
