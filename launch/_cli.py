@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,20 +28,23 @@ def run(main: Callable[[], int], refusals: tuple[type[Exception], ...] = (Config
     try:
         code = main()
     except refusals as error:
-        fail(str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        fail(f"no space left on the disk ({error.filename or 'while writing'}); make room and start again")
+        code = refuse(str(error))
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            code = refuse(f"no space left on the disk ({error.filename or 'while writing'}); make room and start again")
+        else:
+            traceback.print_exc()
+            code = 1
     with contextlib.suppress(OSError):  # where nobody listens any more
         sys.stdout.flush()
         sys.stderr.flush()
-    # past what libraries do while the interpreter ends: gloo's threads abort there now and then, with another code
+    # past what libraries do while the interpreter ends: gloo's threads abort there now and then, with another code; and
+    # a checkpoint's thread would be waited for, on a disk that perhaps never answers
     os._exit(code)
 
 
-def fail(sentence: str) -> None:
-    """Say what is wrong, once for all ranks where all of them found it, and exit with 2."""
+def refuse(sentence: str) -> int:
+    """Say what is wrong, once for all ranks where all of them found it. Returns the exit code."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {sentence}", file=sys.stderr, flush=True)
@@ -48,4 +52,4 @@ def fail(sentence: str) -> None:
         # rank 0 says it for all; if this rank alone is at fault, the launcher has not ended it by then
         time.sleep(LAUNCHER_POLL_SECONDS)
         print(f"error on rank {rank}: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_CONFIG_ERROR)
+    return EXIT_CONFIG_ERROR

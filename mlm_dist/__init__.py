@@ -5,6 +5,7 @@ Reading order is import order: a module imports only modules above it in this li
     yaml_tree    YAML text -> a tree whose values know the file and line they came from
     schema       that tree -> frozen dataclasses; errors name the fix
     world        ranks, device, sums and agreed flags across ranks, stop signals
+    background   copies on the host, and a thread that writes them beside training
     watchdog     what ends a run that hangs: stacks, the silent ranks, an exit code
     pace         which rank is slow: each one's own work, without waiting for the others
     vocab        the tokenizer: train, load, save; special ids
@@ -29,7 +30,8 @@ Reading order is import order: a module imports only modules above it in this li
     metrics      sums -> numbers; one reduction per report
     tracker      console, metrics.jsonl, W&B
     run_folder   the folder of a run: its lock, how the run stands, what it ran on
-    checkpoint   save, verify, resume, keep
+    checkpoint   what is in one: verify, resume, keep
+    saver        how it's written: files, hashes, the manifest, the name
     evaluate     held-out loss with frozen masks
     config       RunConfig: the sections above; checks across sections
     train        the loop

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there at all. Saved under a temporary name, hashed, renamed; verified before a load.
+"""Checkpoints: whole or not there at all. Verified before a load; which are kept. saver.py writes them.
 
 RUN/checkpoints/latest                        name of the newest complete one
 RUN/checkpoints/step_00001000/manifest.json   every file with its size and sha256; written last
@@ -12,15 +12,13 @@ import io
 import json
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -47,6 +45,10 @@ class CheckpointConfig:
         None, low=1, help="keep each checkpoint whose step is a multiple of this, for ever"
     )
     keep_best: bool = setting(True, help="of those that were saved, keep the one with the lowest held-out loss")
+    background: bool = setting(
+        True,
+        help="write while training goes on, from a copy in host memory (up to 16 bytes a parameter, over all ranks)",
+    )
 
 
 @dataclass
@@ -68,93 +70,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, half-written or altered."""
 
 
-def save(folder: Path, engine: Engine, state: State, config: CheckpointConfig, world: World) -> Path:
-    """Save weights, optimizer and state as of `state.step`. All ranks call it. Returns the checkpoint's folder.
-
-    Raises CheckpointError where the disk has no room for it, and where a rank fails to write: that rank ends, and the
-    others with it. The checkpoints that were there before stand.
-    """
-    final = folder / step_name(state.step)
-    if world.broadcast(final.exists()):
-        return final
-    staging = folder / f"tmp-{final.name}"
-    if world.is_main:
-        # what a killed launch or an unfinished deletion left
-        for leftover in folder.glob("tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        staging.mkdir(parents=True)
-    world.barrier()
-    check_space(folder, engine, world)
-    try:
-        written = world.gather(write_files(staging, engine, state, world))
-        files = {name: entry for part in written for name, entry in part.items()}
-        commit(staging, final, files, engine, state, world)
-        world.barrier()
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {final} was not saved, those before it stand: {error}") from error
-    if world.is_main:
-        prune(folder, config, state)
-    return final
-
-
-def check_space(folder: Path, engine: Engine, world: World) -> None:
-    """Raise CheckpointError on every rank where the disk has no room: found out half-way, ranks would wait in vain.
-
-    A checkpoint takes 16 bytes a parameter at most: weights, master weights and AdamW's two states, in fp32.
-    """
-    needed = 16 * sum(engine.sizes())
-    free = world.broadcast(shutil.disk_usage(folder).free)
-    if free < needed:
-        raise CheckpointError(
-            f"no space left for a checkpoint in {folder}: it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
-            "free; make room, or set checkpoint.keep_last lower, and start again: the checkpoints before it stand"
-        )
-
-
-def write_files(staging: Path, engine: Engine, state: State, world: World) -> dict[str, dict[str, Any]]:
-    """Write this rank's files, flush them to the disk, and return their sizes and hashes by name."""
-    engine.deepspeed.save_checkpoint(str(staging), tag=TAG, save_latest=False)
-    if world.is_main:
-        # DeepSpeed drops a script beside the weights; nothing in a checkpoint is ever to be run
-        for script in staging.glob("*.py"):
-            script.unlink()
-        (staging / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
-    mine = [path for path in sorted(staging.rglob("*")) if path.is_file() and owner(path) == world.rank]
-    entries = {}
-    for path in mine:
-        sync(path)
-        entries[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    return entries
-
-
-def commit(staging: Path, final: Path, files: dict, engine: Engine, state: State, world: World) -> None:
-    """Rank 0: write the manifest, give the folder its name, move `latest`."""
-    if not world.is_main:
-        return
-    manifest = {
-        "step": state.step,
-        "world_size": world.size,
-        "zero_stage": engine.deepspeed.zero_optimization_stage(),
-        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
-        "files": files,
-    }
-    write_text(staging / "manifest.json", json.dumps(sealed(manifest), indent=1) + "\n")
-    sync(staging / TAG)
-    sync(staging)
-    os.rename(staging, final)
-    write_text(final.parent / "latest", final.name + "\n")
-
-
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest with the sha256 of everything else in it."""
     said = {name: value for name, value in manifest.items() if name != "sha256"}
     return said | {"sha256": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
-
-
-def owner(path: Path) -> int:
-    """The rank that writes a file: DeepSpeed names it where it is not rank 0."""
-    found = re.search(r"zero_pp_rank_(\d+)_", path.name)
-    return int(found.group(1)) if found else 0
 
 
 def newest_whole(folder: Path, world: World, say: Callable[[str], None]) -> Path | None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,9 +16,11 @@ os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 import deepspeed
 from deepspeed.ops import __compatible_ops__ as compatible_ops
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import logger as deepspeed_logger
 
 from mlm_dist import masking, optim
+from mlm_dist.background import copy_to_host
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
 from mlm_dist.optim import OptimConfig
@@ -47,7 +50,7 @@ OWNED_KEYS = {
     "data_types.grad_accum_dtype": "engine.precision",
     "steps_per_print": "log.every_steps",
     "wandb": "log.wandb",
-    "checkpoint.load_universal": "the number of ranks",
+    "checkpoint": "the section checkpoint and the number of ranks",
 }
 
 
@@ -97,6 +100,32 @@ class Skips(NamedTuple):
     def after(self, skipped: torch.Tensor | bool, counts: bool) -> "Skips":
         """One step later. counts: a skip is a fault, and adds to the row."""
         return Skips(self.total + skipped, (self.in_a_row + 1) * skipped if counts else 0)
+
+
+class CheckpointFiles(TorchCheckpointEngine):
+    """What DeepSpeed hands its files of a checkpoint to, on this rank: written at once, or copied and written later.
+
+    They are the same files: torch.save's, under DeepSpeed's names.
+    """
+
+    def __init__(self, config: Any, later: bool) -> None:
+        super().__init__(config)
+        self.later = later
+        self.paths: list[Path] = []
+        self.copies: list[tuple[Any, str]] = []
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.paths.append(Path(path))
+        if self.later:
+            self.copies.append((copy_to_host(state_dict), path))
+        else:
+            super().save(state_dict, path)
+
+    def write(self) -> list[Path]:
+        """Write what was left for later. Returns the paths of all files."""
+        while self.copies:
+            super().save(*self.copies.pop(0))  # and let go of its memory
+        return self.paths
 
 
 def resolve_precision(config: EngineConfig, device: torch.device) -> str:
@@ -237,6 +266,17 @@ class Engine:
         """Norm of the last gradient before clipping; None where DeepSpeed does not compute it. Waits for the device."""
         norm = self.norm if self.norm is not None else self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def checkpoint_files(self, folder: Path, tag: str, later: bool) -> CheckpointFiles:
+        """This rank's files of a checkpoint in `folder/tag`: written there when this returns, or copied to be written
+        `later`. All ranks call it."""
+        files, usual = CheckpointFiles(self.deepspeed._config, later), self.deepspeed.checkpoint_engine
+        self.deepspeed.checkpoint_engine = files
+        try:
+            self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        finally:
+            self.deepspeed.checkpoint_engine = usual
+        return files
 
     @contextmanager
     def own_optimizer_options(self) -> Iterator[None]:

@@ -64,7 +64,7 @@ class Tracker:
             self._guard(self._start_wandb)
 
     def log(self, step: int, numbers: dict[str, float], tokens: int) -> None:
-        """Write one line of numbers (training or, with names under `valid/`, held-out) as of a step."""
+        """Write one line of numbers as of a step: training's or, with names under `valid/` or `checkpoint/`, others."""
         if not self.is_main:
             return
         assert self.metrics is not None
@@ -80,7 +80,7 @@ class Tracker:
                 self.say(
                     f"warning: the loss of {numbers['loss']:.4f} at step {step} stands out: it was about {usual:.4f}"
                 )
-        else:
+        elif "valid/loss" in numbers:
             self.say(
                 f"step {step}  held-out loss {numbers['valid/loss']:.4f}, "
                 f"accuracy {100 * numbers['valid/accuracy']:.1f} %"

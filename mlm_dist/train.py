@@ -20,6 +20,7 @@ from mlm_dist.metrics import Meter, bad_shard_numbers
 from mlm_dist.mixture import Sources
 from mlm_dist.mlm import MLM
 from mlm_dist.run_folder import open_folder, write_environment, write_status
+from mlm_dist.saver import Saver
 from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch
 from mlm_dist.tracker import Tracker
@@ -48,6 +49,7 @@ class Run:
     valid: Sources  # those that have held-out rows
     engine: Engine
     state: State
+    saver: Saver
     meter: Meter
     tracker: Tracker
     batches: Iterator[Batch]
@@ -133,11 +135,12 @@ def loop(run: Run, stop: StopFlag) -> int:
             in_a_row = int(run.engine.skips.in_a_row)
             if in_a_row >= cfg.engine.max_non_finite_steps:
                 run.tracker.say(f"the last {in_a_row} steps were skipped: the run ends, the last checkpoint stands")
+                run.saver.wait()
                 return EXIT_NON_FINITE
         if to_evaluate:
             evaluate_now(run, to_save)
         if to_save:
-            save(run)
+            save(run, wait=last)
     run.tracker.say(f"done: {state.step} steps, {state.tokens:,} tokens, in {run.folder}")
     return 0
 
@@ -153,14 +156,16 @@ def take(run: Run) -> tuple[list[Batch], str | None]:
 def agree(run: Run, micro_batches: list[Batch], rate: float, stop: bool, problem: str | None) -> tuple[int, int, bool]:
     """Over all ranks: the step's targets, its real tokens, and whether a rank was told to stop.
 
+    A save that is under way goes on here: the ranks must agree on that too. Raises CheckpointError where it failed.
     A shard that can't be read ends the run on every rank, with the sentence of the rank that met it: raises ShardError,
     after a save of what was trained so far.
     """
     targets = sum(int(masking.targets_of(batch.maskable, rate).sum()) for batch in micro_batches)
     bad_shards = micro_batches[-1].bad_shards if micro_batches else {}
     tokens = sum(batch.tokens for batch in micro_batches)
-    mine = [targets, tokens, len(bad_shards), int(stop), int(problem is not None)]
-    targets, tokens, bad_shards_seen, stopping, failing = run.world.sum(torch.tensor(mine)).tolist()
+    mine = [targets, tokens, len(bad_shards), int(stop), int(problem is not None), *run.saver.flags()]
+    targets, tokens, bad_shards_seen, stopping, failing, *saving = run.world.sum(torch.tensor(mine)).tolist()
+    run.saver.proceed(*saving)
     if not failing and bad_shards_seen != run.bad_shards_seen:
         run.bad_shards_seen = bad_shards_seen
         problem = tell_bad_shards(run, bad_shards)
@@ -248,17 +253,17 @@ def evaluate_now(run: Run, to_save: bool) -> None:
     run.meter.leave_out(time.perf_counter() - started)
 
 
-def save(run: Run) -> None:
-    """Save a checkpoint of the step that was just finished."""
-    if run.state.step == 0:
-        return
-    started = time.perf_counter()
-    run.watchdog.beat(f"saving step {run.state.step}")
-    count_skips(run)
-    saved = State(**vars(run.state))
-    saved.cursor = stream.merge_cursors(run.world.gather(run.state.cursor))
-    checkpoint.save(run.folder / "checkpoints", run.engine, saved, run.config.checkpoint, run.world)
-    run.meter.leave_out(time.perf_counter() - started)
+def save(run: Run, wait: bool = True) -> None:
+    """Save a checkpoint of the step that was just finished. wait: until it is complete, though it could be later."""
+    if run.state.step > 0:
+        started = time.perf_counter()
+        count_skips(run)
+        saved = State(**vars(run.state))
+        saved.cursor = stream.merge_cursors(run.world.gather(run.state.cursor))
+        run.saver.save(saved)
+        run.meter.leave_out(time.perf_counter() - started)
+    if wait:
+        run.saver.wait()
 
 
 def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack: ExitStack) -> Run:
@@ -301,10 +306,15 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
     batches = stack.enter_context(
         stream.train_batches(sources, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
     )
+    saver = Saver(
+        folder / "checkpoints", engine, cfg.checkpoint, here, watchdog.beat, tracker.say,
+        lambda saved, numbers: tracker.log(saved.step, numbers, saved.tokens),
+    )  # fmt: skip
+    stack.callback(saver.background.close)
     names = [source.name for source in sources] if len(sources) > 1 else ()
     meter = Meter(here, flops, names, cfg.log.slow_rank)
     bad_shards = dict(state.cursor["bad_shards"]) if state.cursor else {}
-    return Run(cfg, folder, here, watchdog, tokenizer, valid, engine, state, meter, tracker, batches, bad_shards)
+    return Run(cfg, folder, here, watchdog, tokenizer, valid, engine, state, saver, meter, tracker, batches, bad_shards)
 
 
 def open_data(cfg: RunConfig, world_size: int) -> tuple[Sources, Sources, Vocab]:

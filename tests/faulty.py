@@ -1,11 +1,14 @@
-"""Models that go wrong, or slowly, on one rank: for `model.factory`."""
+"""Models for `model.factory` that go wrong, or slowly, on one rank, or whose disks do."""
 
 import math
 import os
+import resource
 import time
+from typing import Any
 
 from torch import Tensor, nn
 
+from mlm_dist import saver
 from mlm_dist.encoder import Encoder, EncoderConfig
 
 SHAPE = EncoderConfig(layers=1, width=32, heads=2, mlp_width=48, max_positions=64)
@@ -50,3 +53,28 @@ class Slow(nn.Module):
 
 def slow(vocab_size: int, seconds: float, ranks: list[int], until_restarted: bool = False) -> nn.Module:
     return Slow(vocab_size, seconds, ranks, until_restarted)
+
+
+def slow_disk(vocab_size: int, seconds: float) -> nn.Module:
+    """A model that trains well, on ranks whose files take so much longer to write."""
+    write = saver.write_files
+
+    def write_slowly(*args: Any) -> dict:
+        time.sleep(seconds)
+        return write(*args)
+
+    saver.write_files = write_slowly
+    return Faulty(vocab_size, 1, 0)
+
+
+class FullDisk(Faulty):
+    """A model that trains well; from one of its calls on, rank 1 can't write more than 50 kB to a file."""
+
+    def forward(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
+        if os.environ["RANK"] == "1" and self.calls >= self.first:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        return super().forward(ids, segments=segments)
+
+
+def full_disk(vocab_size: int, first: int) -> nn.Module:
+    return FullDisk(vocab_size, first, 0)

@@ -1,10 +1,12 @@
 """Checkpoints under fire: ranks killed in each phase of a save, every file altered, a file that is no weights."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from launching import ROOT, metrics, overridden, run
 from ranks import on_ranks
 
-from mlm_dist import checkpoint, config, train, world
+from mlm_dist import checkpoint, config, engine, saver, train, world
 from mlm_dist.manifest import sha256_of
 from mlm_dist.world import StopFlag
 
@@ -37,27 +39,55 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# ---- killed in each phase: which function of the save doesn't come to its end, and on which rank
+# ---- killed in each phase: where the save doesn't come to its end, and on which rank
 
 
 def before_anything(rank: int) -> None:
-    checkpoint.check_space = die
+    saver.check_space = die
+
+
+def while_it_is_copied(rank: int) -> None:
+    """Rank 1 has copied its weights, if it holds any, and not its optimizer."""
+    if rank == 1:
+        copy = engine.copy_to_host
+        engine.copy_to_host = lambda item: die() if "optimizer_state_dict" in item else copy(item)
+        engine.CheckpointFiles.write = die  # at stage 0 it holds nothing
+
+
+def half_way_in_a_file(rank: int) -> None:
+    """Rank 0 is, after a step more or two."""
+
+    def write_half(path: Path, content: object) -> None:
+        whole = io.BytesIO()
+        torch.save(content, whole)
+        path.write_bytes(whole.getvalue()[: whole.tell() // 2])
+        time.sleep(0.1)
+        die()
+
+    if rank == 0:
+        engine.CheckpointFiles.write = lambda files: write_half(files.paths[0], files.copies[0][0])
 
 
 def between_the_ranks_files(rank: int) -> None:
-    """Rank 0 has written its files and rank 1 has not."""
-    write = checkpoint.write_files
-    checkpoint.write_files = die if rank == 1 else write
+    """Rank 0 has written its files, and rank 1 has not."""
+    write = saver.write_files
+
+    def wait_for_rank_0(staging: Path, *_: object) -> None:
+        while not (staging / "state.json").exists():
+            time.sleep(0.01)
+        die()
+
+    saver.write_files = wait_for_rank_0 if rank == 1 else write
 
 
 def before_the_manifest(rank: int) -> None:
     if rank == 0:
-        checkpoint.commit = die
+        saver.commit = die
 
 
 def before_it_has_its_name(rank: int) -> None:
     if rank == 0:
-        checkpoint.os.rename = die
+        saver.os.rename = die
 
 
 def before_latest(rank: int) -> None:
@@ -65,18 +95,21 @@ def before_latest(rank: int) -> None:
     checkpoint.write_text = lambda path, text: die() if path.name == "latest" else write(path, text)
 
 
-PHASES = (before_anything, between_the_ranks_files, before_the_manifest, before_it_has_its_name, before_latest)
+PHASES = (
+    before_anything, while_it_is_copied, half_way_in_a_file, between_the_ranks_files, before_the_manifest,
+    before_it_has_its_name, before_latest,
+)  # fmt: skip
 
 
 def killed_in_a_save(toy: Path, folder: str, stage: int, phase: str) -> None:
-    save = checkpoint.save
+    save = saver.Saver.save
 
-    def watched(where: Path, engine: object, state: checkpoint.State, *rest: object) -> Path:
+    def watched(self: saver.Saver, state: checkpoint.State) -> None:
         if state.step == KILLED_AT:
             globals()[phase](int(os.environ["RANK"]))
-        return save(where, engine, state, *rest)
+        save(self, state)
 
-    checkpoint.save = watched
+    saver.Saver.save = watched
     train_to_the_end(toy, {folder: stage})
 
 
