@@ -5,6 +5,7 @@ Reading order is import order: a module imports only modules above it in this li
     yaml_tree    YAML text -> a tree whose values know the file and line they came from
     schema       that tree -> frozen dataclasses; errors name the fix
     world        ranks, device, sums and agreed flags across ranks, stop signals
+    redaction    secrets stay out of what a run writes
     background   copies on the host, and a thread that writes them beside training
     watchdog     what ends a run that hangs: stacks, the silent ranks, an exit code
     pace         which rank is slow: each one's own work, without waiting for the others
@@ -28,8 +29,10 @@ Reading order is import order: a module imports only modules above it in this li
     optim        parameter groups, OPTIMIZERS, SCHEDULES as pure functions of the step
     engine       DeepSpeed: build, train_step, eval_step
     metrics      sums -> numbers; one reduction per report
-    tracker      console, metrics.jsonl, W&B
-    run_folder   the folder of a run: its lock, how the run stands, what it ran on
+    run_folder   the folder of a run: its lock, how the run stands, what it came from and ran on
+    mirror       the run in W&B, on a thread of its own
+    alerts       what someone should hear of who isn't looking
+    tracker      console, metrics.jsonl and its mirror, alerts
     checkpoint   what is in one: verify, resume, keep
     saver        how it's written: files, hashes, the manifest, the name
     evaluate     held-out loss with frozen masks

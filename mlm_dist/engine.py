@@ -25,6 +25,7 @@ from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
 from mlm_dist.optim import OptimConfig
 from mlm_dist.pace import Stopwatch
+from mlm_dist.redaction import redact
 from mlm_dist.schema import ConfigError, setting
 from mlm_dist.stream import Batch, BatchConfig, accumulation, micro_rows
 from mlm_dist.world import World
@@ -116,6 +117,8 @@ class CheckpointFiles(TorchCheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         self.paths.append(Path(path))
+        if "ds_config" in state_dict:  # all of the `deepspeed:` mapping
+            state_dict = state_dict | {"ds_config": redact(state_dict["ds_config"])}
         if self.later:
             self.copies.append((copy_to_host(state_dict), path))
         else:

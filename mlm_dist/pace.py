@@ -120,6 +120,6 @@ class SlowRank:
         if slow is None:
             return f"rank {told} (host {self.hosts[told]}) keeps up with the others again"
         return (
-            f"warning: rank {slow} (host {self.hosts[slow]}) is slow: its own work, data and forward passes, takes "
+            f"rank {slow} (host {self.hosts[slow]}) is slow: its own work, data and forward passes, takes "
             f"{lag:.3f} s a step longer than the median rank's, {100 * share:.0f} % of a step; all wait for it"
         )

@@ -1,16 +1,23 @@
-"""The folder of a run: its lock, how the run stands, what it ran on."""
+"""The folder of a run: its lock, how the run stands, what it came from and ran on. No secret stands in any of it."""
 
 import fcntl
 import json
 import platform
+import socket
+import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from mlm_dist.manifest import replace_file
+from mlm_dist.redaction import redact, redact_text
 from mlm_dist.schema import ConfigError
 from mlm_dist.world import World
+
+GIT_SECONDS = 10.0
 
 LIBRARIES = ("torch", "deepspeed", "webdataset", "transformers", "tokenizers", "wandb", "numpy")
 
@@ -42,12 +49,48 @@ def write_status(folder: Path, status: str, exit_code: int | None, **more: int |
     replace_file(folder / "status.json", (json.dumps(content) + "\n").encode())
 
 
-def write_environment(folder: Path) -> None:
-    """Tell in RUN/environment.json what the run ran on: versions, platform, command."""
-    content = {
-        "command": sys.argv,
+def write_inputs(folder: Path, deepspeed_json: dict[str, Any], facts: Mapping[str, Any], diff: bool) -> dict[str, Any]:
+    """Tell what the run comes from, in RUN/environment.json, deepspeed.json and, where `diff` is set, diff.patch.
+
+    facts: what else is to stand in environment.json
+    Returns the contents of the first two.
+    """
+    environment = {
+        "command": [redact_text(argument) for argument in sys.argv],
+        "host": socket.gethostname(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in LIBRARIES},
+        "git": git_state(),
+        **facts,
     }
-    (folder / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
+    said = {"environment": environment, "deepspeed": redact(deepspeed_json)}
+    for name, content in said.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    if diff:
+        (folder / "diff.patch").write_text(git("diff", "HEAD") or "")
+    return said
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit, branch, and whether files differ from it, of the code that runs; None where it is in no repository."""
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    branch, changed = git("rev-parse", "--abbrev-ref", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit.strip(), "branch": (branch or "").strip(), "changed": bool(changed)}
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints, asked in the folder of this code; None where it can't answer."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            timeout=GIT_SECONDS,
+            text=True,
+            errors="replace",
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -45,7 +45,7 @@ class Saver:
     folder:   where they go
     beat:     is told what is being done, each time that there is progress (the watchdog's)
     say:      for a word to the user
-    on_saved: is told of each one that is complete: its state, and numbers to log
+    on_saved: is told of each one that is complete: where it stands, its state, and numbers to log
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Saver:
         world: World,
         beat: Callable[[str], None],
         say: Callable[[str], None],
-        on_saved: Callable[[State, dict[str, float]], None],
+        on_saved: Callable[[Path, State, dict[str, float]], None],
     ) -> None:
         self.folder, self.engine, self.config, self.world = folder, engine, config, world
         self.beat, self.say, self.on_saved = beat, say, on_saved
@@ -130,7 +130,7 @@ class Saver:
         size = sum(entry["bytes"] for entry in save.files.values())
         seconds = time.perf_counter() - save.started
         numbers = {"seconds": seconds, "stall_seconds": save.stall_seconds or seconds, "megabytes": size / 1e6}
-        self.on_saved(save.state, {f"checkpoint/{name}": value for name, value in numbers.items()})
+        self.on_saved(save.final, save.state, {f"checkpoint/{name}": value for name, value in numbers.items()})
 
     def _wait_for_the_one_before(self, step: int) -> None:
         before, started = self.under_way, time.perf_counter()

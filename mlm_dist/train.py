@@ -19,7 +19,8 @@ from mlm_dist.manifest import ShardError
 from mlm_dist.metrics import Meter, bad_shard_numbers
 from mlm_dist.mixture import Sources
 from mlm_dist.mlm import MLM
-from mlm_dist.run_folder import open_folder, write_environment, write_status
+from mlm_dist.redaction import redact
+from mlm_dist.run_folder import open_folder, write_inputs, write_status
 from mlm_dist.saver import Saver
 from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch
@@ -32,6 +33,7 @@ from mlm_dist.world import EXIT_CONFIG_ERROR, EXIT_HANG, EXIT_NON_FINITE, EXIT_S
 STEPS_TO_MEASURE = 20
 
 COLLECTIVE_MARGIN_SECONDS = 120.0
+SECONDS_FOR_LAST_WORDS = 5.0
 
 # What ends a run with one sentence and exit code 2.
 REFUSALS = (ConfigError, ShardError, CheckpointError)
@@ -80,12 +82,14 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
         )
         stack.enter_context(watchdog)
         run = prepare(cfg, folder, here, watchdog, stack)
+        watchdog.on_hang = lambda: hung(run)
         exit_code = 1
         try:
             tell(run, "running", None)
             exit_code = loop(run, stop)
-        except REFUSALS:
-            exit_code = EXIT_CONFIG_ERROR
+        except Exception as error:
+            exit_code = EXIT_CONFIG_ERROR if isinstance(error, REFUSALS) else 1
+            run.tracker.alert("failed", f"{type(error).__name__}: {error}", run.state.step, "ERROR", always=True)
             raise
         finally:
             tell(run, {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed"), exit_code)
@@ -98,6 +102,13 @@ def tell(run: Run, status: str, exit_code: int | None) -> None:
     """Tell in RUN/status.json how the run stands: launchers may hide the exit code."""
     if run.world.is_main:
         write_status(run.folder, status, exit_code, step=run.state.step, total_steps=run.state.total_steps)
+
+
+def hung(run: Run) -> None:
+    """What the watchdog does on one rank that answers, before it ends it."""
+    write_status(run.folder, "failed", EXIT_HANG)
+    run.tracker.alert("hang", f"no progress {run.watchdog.doing}: the run ends", run.state.step, "ERROR", always=True)
+    run.tracker.finish(EXIT_HANG, seconds=SECONDS_FOR_LAST_WORDS)
 
 
 def loop(run: Run, stop: StopFlag) -> int:
@@ -117,9 +128,8 @@ def loop(run: Run, stop: StopFlag) -> int:
         targets, tokens, stopping = agree(run, micro_batches, rate, bool(stop), problem)
         if stopping:
             save(run)
-            run.tracker.say(
-                f"stopped by {stop.signal_name or 'another rank'} at step {state.step}; start again to go on"
-            )
+            text = f"stopped by {stop.signal_name or 'another rank'} at step {state.step}; start again to go on"
+            run.tracker.alert("stopped", text, state.step, "INFO", always=True)
             return EXIT_STOPPED
 
         lr = optim.lr_at(cfg.optim, cfg.schedule, state.step, state.total_steps)
@@ -134,14 +144,16 @@ def loop(run: Run, stop: StopFlag) -> int:
             report(run, lr)
             in_a_row = int(run.engine.skips.in_a_row)
             if in_a_row >= cfg.engine.max_non_finite_steps:
-                run.tracker.say(f"the last {in_a_row} steps were skipped: the run ends, the last checkpoint stands")
+                text = f"the last {in_a_row} steps were skipped: the run ends, the last checkpoint stands"
+                run.tracker.alert("ended by steps that aren't finite", text, state.step, always=True)
                 run.saver.wait()
                 return EXIT_NON_FINITE
         if to_evaluate:
             evaluate_now(run, to_save)
         if to_save:
             save(run, wait=last)
-    run.tracker.say(f"done: {state.step} steps, {state.tokens:,} tokens, in {run.folder}")
+    text = f"done: {state.step} steps, {state.tokens:,} tokens, in {run.folder}"
+    run.tracker.alert("finished", text, state.step, "INFO", always=True)
     return 0
 
 
@@ -183,7 +195,8 @@ def tell_bad_shards(run: Run, mine: Mapping[str, str]) -> str | None:
     run.bad_shards |= new
     most = run.config.data.max_bad_shards
     for label, reason in new.items():
-        run.tracker.say(f"shard {label} is skipped from here on: {reason.replace('_', ' ')}")
+        text = f"shard {label} is skipped from here on: {reason.replace('_', ' ')}"
+        run.tracker.alert("bad shard", text, run.state.step)
     if not new or len(run.bad_shards) <= most:
         return None
     names = ", ".join(f"{label} ({reason.replace('_', ' ')})" for label, reason in sorted(run.bad_shards.items()))
@@ -215,7 +228,7 @@ def report(run: Run, lr: float) -> None:
     numbers |= {"skipped_steps": run.state.skipped_steps} | bad_shard_numbers(run.bad_shards)
     run.tracker.log(run.state.step, numbers, run.state.tokens)
     if run.meter.warning:
-        run.tracker.say(run.meter.warning)
+        run.tracker.alert("slow rank", run.meter.warning, run.state.step)
 
 
 def count_skips(run: Run) -> None:
@@ -224,10 +237,11 @@ def count_skips(run: Run) -> None:
     run.engine.skips = skips._replace(total=0)
     state.skipped_steps += int(skips.total)
     if int(skips.total):
-        run.tracker.say(
-            f"warning: {int(skips.total)} of the steps up to step {state.step} had gradients that are not finite on "
-            f"some rank and were skipped; {state.skipped_steps} in all"
+        text = (
+            f"{int(skips.total)} of the steps up to step {state.step} had gradients that are not finite on some rank "
+            f"and were skipped; {state.skipped_steps} in all"
         )
+        run.tracker.alert("skipped steps", text, state.step)
 
 
 def evaluate_now(run: Run, to_save: bool) -> None:
@@ -276,9 +290,9 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
         "manifest": mixture.hash_of(sources),
         "tokenizer": tokenizer.fingerprint,
         "precision": resolve_precision(cfg.engine, here.device),
-        "config": schema.to_mapping(cfg),
+        "config": redact(schema.to_mapping(cfg)),
     }
-    tracker = Tracker(cfg.log, folder, schema.flatten(facts["config"]), here.is_main, lambda: state.total_steps)
+    tracker = Tracker(cfg.log, folder, here.is_main, lambda: state.total_steps)
     saved = checkpoint.newest_whole(folder / "checkpoints", here, tracker.say)
     state = resumed_state(cfg, folder, saved, facts)
 
@@ -292,10 +306,7 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
         checkpoint.load(saved, engine, here)
         tracker.say(f"resumed from step {state.step}")
     if here.is_main:
-        tokenizer.save(folder / "tokenizer")
-        (folder / "config.yaml").write_text(schema.to_yaml(cfg))
-        write_environment(folder)
-    tracker.start(state.step)
+        tracker.start(state.step, describe(cfg, folder, here, tokenizer, engine, facts))
     if not valid:
         tracker.say(f"{folders} holds no held-out documents: nothing is evaluated")
     if not mixture.is_roomy(sources, cfg.data.lanes):
@@ -306,15 +317,29 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
     batches = stack.enter_context(
         stream.train_batches(sources, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
     )
-    saver = Saver(
-        folder / "checkpoints", engine, cfg.checkpoint, here, watchdog.beat, tracker.say,
-        lambda saved, numbers: tracker.log(saved.step, numbers, saved.tokens),
-    )  # fmt: skip
+
+    def on_saved(path: Path, saved: State, numbers: dict[str, float]) -> None:
+        tracker.log(saved.step, numbers, saved.tokens)
+        if cfg.log.log_checkpoints:
+            tracker.mirror.refer("checkpoint", "checkpoint", path, {"step": saved.step, "loss": saved.valid_loss})
+
+    saver = Saver(folder / "checkpoints", engine, cfg.checkpoint, here, watchdog.beat, tracker.say, on_saved)
     stack.callback(saver.background.close)
     names = [source.name for source in sources] if len(sources) > 1 else ()
     meter = Meter(here, flops, names, cfg.log.slow_rank)
     bad_shards = dict(state.cursor["bad_shards"]) if state.cursor else {}
     return Run(cfg, folder, here, watchdog, tokenizer, valid, engine, state, saver, meter, tracker, batches, bad_shards)
+
+
+def describe(
+    cfg: RunConfig, folder: Path, here: World, tokenizer: Vocab, engine: Engine, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write to the run folder what the run comes from; returns it, flat, for W&B. Rank 0 calls it."""
+    tokenizer.save(folder / "tokenizer")
+    (folder / "config.yaml").write_text(schema.to_yaml(schema.from_mapping(RunConfig, facts["config"])))
+    more = {name: facts[name] for name in ("manifest", "tokenizer", "precision")}
+    more |= {"ranks": here.size, "device": str(here.device)}
+    return schema.flatten(facts["config"] | write_inputs(folder, engine.json, more, cfg.log.log_diff))
 
 
 def open_data(cfg: RunConfig, world_size: int) -> tuple[Sources, Sources, Vocab]:

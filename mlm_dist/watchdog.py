@@ -6,6 +6,7 @@ or out of reach can be told from one that waits for it.
 
 import contextlib
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -36,6 +37,7 @@ class Watchdog:
         self.timeout_seconds, self.on_hang = timeout_seconds, on_hang
         self.interval = min(LONGEST_INTERVAL_SECONDS, timeout_seconds / SIGNS_PER_TIMEOUT)
         self.doing, self.since, self.signs = "starting", time.monotonic(), 0
+        self.stall_seconds, self.on_stall, self.told = math.inf, lambda doing, seconds: None, 0.0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -57,12 +59,21 @@ class Watchdog:
         """Say that there is progress, and what comes next."""
         self.doing, self.since = doing, time.monotonic()
 
+    def watch_stalls(self, seconds: float, on_stall: Callable[[str, float], None]) -> None:
+        """Have `on_stall(doing, seconds)` called, once, each time that there is no beat for so long; from a thread."""
+        self.stall_seconds, self.on_stall = seconds, on_stall
+
     def _watch(self) -> None:
         while not self.ended.wait(self.interval):
             # should a library never let go of Python's lock, this thread can't run, and faulthandler's own ends it all
             faulthandler.dump_traceback_later(self.timeout_seconds + BACKSTOP_SECONDS, exit=True)
             self._give_sign()
-            if time.monotonic() - self.since > self.timeout_seconds:
+            since, idle = self.since, time.monotonic() - self.since
+            if idle > self.stall_seconds and self.told != since:
+                self.told = since
+                with contextlib.suppress(Exception):  # the watch goes on
+                    self.on_stall(self.doing, idle)
+            if idle > self.timeout_seconds:
                 self._end()
 
     def _file(self, rank: int) -> Path:

@@ -11,11 +11,11 @@ PACKAGE = "mlm_dist"
 
 # A module imports only modules that stand before it here.
 LADDER = (
-    "yaml_tree schema world background watchdog pace vocab fetch manifest samples cache remote shards packing lanes "
-    "mixture loader stream masking mlm encoder huggingface models optim engine metrics tracker run_folder checkpoint "
-    "saver evaluate config train export"
+    "yaml_tree schema world redaction background watchdog pace vocab fetch manifest samples cache remote shards "
+    "packing lanes mixture loader stream masking mlm encoder huggingface models optim engine metrics run_folder mirror "
+    "alerts tracker checkpoint saver evaluate config train export"
 ).split()
-ONLY_IN = {"webdataset": ("shards",), "wandb": ("tracker",), "deepspeed": ("engine", "checkpoint")}
+ONLY_IN = {"webdataset": ("shards",), "wandb": ("mirror",), "deepspeed": ("engine", "checkpoint")}
 AROUND = ("launch", "shards", "tests", "benchmarks")  # folders beside the package, which it never imports
 MEASURED = (PACKAGE, "launch", "shards")
 MAX_FILE_LINES = 400

@@ -1,0 +1,30 @@
+"""Secrets stay out of what a run writes: its folder, its checkpoints, W&B."""
+
+import re
+from typing import Any
+
+SECRET_WORDS = ("key", "secret", "password", "passwd", "credential", "api_token", "auth")
+REDACTED = "[redacted]"
+
+
+def redact(content: Any, name: str = "") -> Any:
+    """A configuration without the values of keys that sound like secrets, and without passwords in URLs."""
+    if isinstance(content, dict):
+        return {key: redact(value, str(key)) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [redact(value, name) for value in content]
+    if not isinstance(content, str):
+        return content
+    return REDACTED if sounds_secret(name) else redact_text(content)
+
+
+def redact_text(text: str) -> str:
+    """The same for one text: a URL, or an override `a.b=value`."""
+    key, equals, _ = text.partition("=")
+    if equals and sounds_secret(key):
+        return f"{key}={REDACTED}"
+    return re.sub(r"(\w://)[^/@\s]+@", rf"\1{REDACTED}@", text)
+
+
+def sounds_secret(dotted: str) -> bool:
+    return any(word in dotted.rsplit(".", 1)[-1].lower() for word in SECRET_WORDS)

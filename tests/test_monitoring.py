@@ -1,0 +1,99 @@
+"""What is seen of a run that is killed and started again: one W&B run, every step once, and no secret anywhere."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import environment, metrics, pretrain, start_pretrain, wait_for
+
+from mlm_dist import checkpoint, mirror
+from mlm_dist.mirror import run_id
+
+pytestmark = pytest.mark.slow
+
+STEPS = 48
+OVERRIDES = (
+    f"run.steps={STEPS}", "log.wandb=offline", "checkpoint.every_steps=8", "checkpoint.keep_last=10",
+    "schedule.name=constant", "evaluate.every_steps=16",
+)  # fmt: skip
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def kill_at(shards: Path, folder: Path, step: int) -> None:
+    """A launch that is killed without a word once it has logged a step."""
+    process = start_pretrain(shards, folder, *OVERRIDES)
+    try:
+        wait_for(lambda: any(line["step"] >= step and "loss" in line for line in lines(folder)), process)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = next((folder / "deepspeed").glob("*.pt"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_run_that_is_killed_three_times_is_one_run_with_every_step(toy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for step in (12, 22, 35):
+        kill_at(toy, folder, step)
+    newest, *_ = checkpoint.newest_first(folder / "checkpoints")
+    flip_a_bit(folder / "checkpoints" / newest)  # so that the last launch falls back to the one before it
+    done = pretrain(toy, folder, *OVERRIDES)
+    assert done.returncode == 0, done.stdout
+    assert "is refused" in done.stdout
+
+    trained = [line for line in lines(folder) if "loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, STEPS + 1)), "every step once, in order"
+    assert sorted(metrics(folder, "valid/loss")) == [16, 32, 48]
+
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert {path.name for path in files} == {f"run-{run_id(folder)}.wandb"} and len(files) == 4
+    rows = [row for path in files for row in mirror.rows_of(path)]
+    numbers = [row["_step"] for row in rows]
+    assert numbers == sorted(set(numbers)), "W&B drops a row whose number isn't higher than the last one's"
+    back = [row for row in rows if "rolled_back_to" in row]
+    assert back[-1]["rolled_back_to"] == checkpoint_step(newest) - 8
+    standing: dict[float, dict] = {}
+    for row in rows:
+        if "rolled_back_to" in row:
+            standing = {at: kept for at, kept in standing.items() if kept["step"] <= row["rolled_back_to"]}
+        else:
+            standing[row["time"]] = row
+    assert standing.keys() == {line["time"] for line in lines(folder)}, "what W&B has is what metrics.jsonl has"
+    for line in lines(folder):
+        row = standing[line["time"]]
+        assert all(row[name] == value for name, value in line.items() if value is not None)
+
+
+def checkpoint_step(name: str) -> int:
+    return int(name.removeprefix("step_"))
+
+
+def test_no_secret_stands_in_a_run_folder(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = {
+        name: f"PLANTED{number}"
+        for number, name in enumerate(("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_PASSWORD"))
+    }
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    assert planted.items() <= environment().items()
+    secrets = ("deepspeed.comet.api_key=PLANTED8", "log.name=https://me:PLANTED9@host/x")
+    done = pretrain(toy, tmp_path / "run", "run.steps=4", "log.wandb=offline", "checkpoint.every_steps=2", *secrets)
+    assert done.returncode == 0, done.stdout
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert [path for path in files if b"PLANTED" in path.read_bytes()] == []
+    assert "[redacted]" in (tmp_path / "run" / "config.yaml").read_text()
+    again = pretrain(toy, tmp_path / "run", "run.steps=6", "log.wandb=offline", "checkpoint.every_steps=2", *secrets)
+    assert again.returncode == 0 and "resumed from step 4" in again.stdout, again.stdout

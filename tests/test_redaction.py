@@ -1,0 +1,28 @@
+import pytest
+
+from mlm_dist.redaction import redact, redact_text
+
+
+def test_secrets_of_a_configuration_are_left_out() -> None:
+    plain = {
+        "optim": {"lr": 1.0},
+        "data": {"shards": "s3://bucket/x", "lanes": None},
+        "model": {"args": {"key_dim": 64}},
+    }
+    secret = {"api_key": "x", "parts": [{"password": "y"}], "url": "https://me:z@host/x?y"}
+    shown = {"api_key": "[redacted]", "parts": [{"password": "[redacted]"}], "url": "https://[redacted]@host/x?y"}
+    assert redact(plain | {"deepspeed": secret}) == plain | {"deepspeed": shown}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("deepspeed.comet.api_key=abc=d", "deepspeed.comet.api_key=[redacted]"),
+        ("data.shards=https://u:p@h/x", "data.shards=https://[redacted]@h/x"),
+        ("--config", "--config"),
+        ("run.steps=5", "run.steps=5"),
+        ("mail me@host, see https://host/@x", "mail me@host, see https://host/@x"),
+    ],
+)
+def test_secrets_of_a_command_line_are_left_out(text: str, shown: str) -> None:
+    assert redact_text(text) == shown
