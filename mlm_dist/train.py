@@ -83,6 +83,7 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
         stack.enter_context(watchdog)
         run = prepare(cfg, folder, here, watchdog, stack)
         watchdog.on_hang = lambda: hung(run)
+        watchdog.watch_stalls(60 * cfg.log.stall_minutes, lambda doing, seconds: stalled(run, doing, seconds))
         exit_code = 1
         try:
             tell(run, "running", None)
@@ -102,6 +103,12 @@ def tell(run: Run, status: str, exit_code: int | None) -> None:
     """Tell in RUN/status.json how the run stands: launchers may hide the exit code."""
     if run.world.is_main:
         write_status(run.folder, status, exit_code, step=run.state.step, total_steps=run.state.total_steps)
+
+
+def stalled(run: Run, doing: str, seconds: float) -> None:
+    """What the watchdog does long before it calls it a hang; the run may still go on."""
+    text = f"no step was finished for {seconds / 60:.1f} minutes ({doing})"
+    run.tracker.alert("stall", text, run.state.step)
 
 
 def hung(run: Run) -> None:

@@ -80,3 +80,17 @@ def test_progress_keeps_it_quiet_and_it_leaves_nothing(tmp_path: Path) -> None:
 
 def test_many_silent_ranks_are_not_all_written_out() -> None:
     assert "ranks 1, 2, 3" in describe(5, {0: ""}, 64) and "and 47 more" in describe(5, {0: ""}, 64)
+
+
+def test_a_stall_is_told_once_and_ends_nothing(tmp_path: Path) -> None:
+    told = []
+    with Watchdog(tmp_path, 0, 1, 4.0) as dog:
+        dog.watch_stalls(0.5, lambda doing, seconds: told.append((doing, seconds)))
+        for step in (7, 8):
+            dog.beat(f"at step {step}")
+            time.sleep(1.4)
+        for _ in range(5):
+            dog.beat("at step 9")
+            time.sleep(0.2)
+    assert [doing for doing, _ in told] == ["at step 7", "at step 8"]
+    assert all(0.5 <= seconds < 1.4 for _, seconds in told)
