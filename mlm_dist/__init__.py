@@ -35,6 +35,7 @@ Reading order is import order: a module imports only modules above it in this li
     evaluate     held-out loss with frozen masks
     config       RunConfig: the sections above; checks across sections
     train        the loop
+    card         what a model card says: how the model was trained
     export       a trained model -> Hugging Face folder
 """
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import wandb
 
+from mlm_dist.fetch import public
 from mlm_dist.metrics import Spikes
 from mlm_dist.schema import setting
 
@@ -192,11 +193,16 @@ def run_id(folder: Path) -> str:
 
 
 def redact(config: dict[str, Any]) -> dict[str, Any]:
-    """The flat configuration without the values of keys that sound like secrets."""
-    return {
-        key: "[redacted]" if any(word in key.rsplit(".", 1)[-1].lower() for word in SECRET_WORDS) else value
-        for key, value in config.items()
-    }
+    """The configuration, flat or not, without the values of keys that sound like secrets and the logins in URLs."""
+    shown = {}
+    for key, value in config.items():
+        if any(word in key.rsplit(".", 1)[-1].lower() for word in SECRET_WORDS):
+            shown[key] = "[redacted]"
+        elif isinstance(value, dict):
+            shown[key] = redact(value)
+        else:
+            shown[key] = public(value) if isinstance(value, str) and "://" in value else value
+    return shown
 
 
 def cut_metrics(folder: Path, step: int) -> None:

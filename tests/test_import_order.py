@@ -13,7 +13,7 @@ PACKAGE = "mlm_dist"
 LADDER = (
     "yaml_tree schema world background watchdog pace vocab fetch manifest samples cache remote shards packing lanes "
     "mixture loader stream masking mlm encoder huggingface models optim engine metrics tracker run_folder checkpoint "
-    "saver evaluate config train export"
+    "saver evaluate config train card export"
 ).split()
 ONLY_IN = {"webdataset": ("shards",), "wandb": ("tracker",), "deepspeed": ("engine", "checkpoint")}
 AROUND = ("launch", "shards", "tests", "benchmarks")  # folders beside the package, which it never imports

@@ -92,6 +92,11 @@ def test_secrets_are_not_logged() -> None:
     flat = {"optim.lr": 1.0, "deepspeed.api_key": "x", "model.options.password": "y", "data.shards": "z"}
     shown = redact(flat)
     assert shown == flat | {"deepspeed.api_key": "[redacted]", "model.options.password": "[redacted]"}
+    nested = {"data": {"shards": "https://me:secret@host/a?sig=secret", "steps": 3}, "deepspeed": {"x": {"key": "y"}}}
+    assert redact(nested) == {
+        "data": {"shards": "https://host/a", "steps": 3},
+        "deepspeed": {"x": {"key": "[redacted]"}},
+    }
 
 
 def test_metrics_beyond_a_step_and_half_lines_are_cut(tmp_path: Path) -> None:
