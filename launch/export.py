@@ -9,7 +9,7 @@ from pathlib import Path
 import _cli
 from transformers.utils import logging
 
-from mlm_dist import checkpoint, config, export, schema, train, vocab
+from mlm_dist import __version__, card, checkpoint, config, export, schema, train, vocab
 
 
 def parse() -> argparse.Namespace:
@@ -18,6 +18,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--step", type=int, help="checkpoint's step (default: the newest whole one)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder where it exists")
+    parser.add_argument("--license", help="of the model, for the card's head, as the hub names it: mit, ...")
+    parser.add_argument("--language", help="of the text, for the card's head, as the hub names it: en, ...")
     return parser.parse_args()
 
 
@@ -30,15 +32,8 @@ def main() -> int:
     cfg = schema.from_mapping(config.RunConfig, state.facts["config"])
     tokenizer = vocab.load(args.run / "tokenizer")
     model = train.load_model(cfg, tokenizer, path)
-    facts = {
-        "steps": state.step,
-        "tokens": state.tokens,
-        "held-out loss": state.valid_loss,
-        "held-out mask rate": cfg.evaluate.rate,
-        "sequence length": cfg.batch.seq_len,
-        "training mask rate": cfg.masking.rate,
-        "config": schema.to_yaml(cfg),
-    }
+    facts = card.facts_of_run(args.run, path, state, cfg)
+    facts |= {"exported with": f"mlm_dist {__version__}", "license": args.license, "language": args.language}
     print(export.write(args.out, model.transformer, cfg.model, tokenizer, facts, overwrite=args.overwrite))
     return 0
 

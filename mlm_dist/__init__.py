@@ -5,12 +5,12 @@ Reading order is import order: a module imports only modules above it in this li
     yaml_tree    YAML text -> a tree whose values know the file and line they came from
     schema       that tree -> frozen dataclasses; errors name the fix
     world        ranks, device, sums and agreed flags across ranks, stop signals
-    redaction    secrets stay out of what a run writes
     background   copies on the host, and a thread that writes them beside training
     watchdog     what ends a run that hangs: stacks, the silent ranks, an exit code
     pace         which rank is slow: each one's own work, without waiting for the others
     vocab        the tokenizer: train, load, save; special ids
     fetch        bytes from http or an object store: ranges, stalls, attempts
+    redaction    secrets stay out of what a run writes
     manifest     what every file of a split must hold: counts, checksums, places of the records
     samples      text in ordinary WebDataset tars: members, samples, the text of each
     cache        a bounded folder of fetched files that a machine's processes share
@@ -38,6 +38,7 @@ Reading order is import order: a module imports only modules above it in this li
     evaluate     held-out loss with frozen masks
     config       RunConfig: the sections above; checks across sections
     train        the loop
+    card         what a model card says: how the model was trained
     export       a trained model -> Hugging Face folder
 """
 

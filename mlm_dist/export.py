@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from mlm_dist import huggingface
+from mlm_dist import card, huggingface
 from mlm_dist.encoder import Encoder
-from mlm_dist.models import IdsOnly, ModelConfig, count_parameters
+from mlm_dist.models import IdsOnly, ModelConfig
 from mlm_dist.schema import ConfigError
 from mlm_dist.vocab import Vocab
 
@@ -22,39 +22,6 @@ if TYPE_CHECKING:
 
 # by these a folder is known to be a model, which `overwrite` may remove
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
-# facts that Hugging Face reads from the head of a card
-CARD_METADATA = ("license", "language", "datasets")
-
-CARD = """\
----
-{metadata}
----
-
-# {name}
-
-A masked language model of {parameters:,} parameters ({architecture}), pretrained with mlm_dist.
-
-## Use
-
-{usage}
-## How it was trained
-
-{training}
-"""
-USAGE = """\
-```python
-from transformers import pipeline
-
-fill = pipeline("fill-mask", model="path/to/this/folder")
-for guess in fill("Paris is the {mask} of France."):
-    print(guess["token_str"], guess["score"])
-```
-"""
-USAGE_OF_FACTORY = """\
-The model was made by a Python function, `{factory}`, which no `config.json` describes: `AutoModelForMaskedLM` can't
-load this folder. Make the model with the function and read the weights with `safetensors.torch.load_model`; the
-tokenizer loads with `AutoTokenizer`.
-"""
 
 
 def write(
@@ -68,8 +35,8 @@ def write(
     """Write config.json, model.safetensors, the tokenizer and a model card; returns a sentence that says what there is.
 
     model:     as `models.build` makes it, trained, in fp32 on the host
-    facts:     what the card says of the training: {"tokens": 10_000_000, ...}; text of several lines gets a block of
-               its own; a `license`, `language` or `datasets` goes to the card's metadata
+    facts:     what the card says of the training: {"tokens": 10_000_000, ...}; text of several lines gets a block to
+               unfold; a `license`, `language` or `datasets` goes to the card's metadata
     overwrite: replace the model that stands in `folder`
     The folder appears whole or not at all, and only once it was loaded and gave the model's logits. What a factory made
     gets no config.json. Raises ConfigError for a folder that is in use, and where the logits differ.
@@ -82,7 +49,7 @@ def write(
     try:
         save = save_of_factory if config.kind == "factory" else save_for_transformers
         saved = save(staging, model, config, vocab)
-        (staging / "README.md").write_text(card(folder.name, saved, config, vocab, facts), encoding="utf-8")
+        (staging / "README.md").write_text(card.write(folder.name, saved, config, vocab, facts), encoding="utf-8")
         replace(folder, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -180,24 +147,3 @@ def verify(folder: Path, model: nn.Module, vocab: Vocab, length: int) -> None:
             f"nothing was exported: what transformers {__version__} makes of the model is not what was trained (logits "
             f"differ by {difference:.2g}{wrong}); export with the version of transformers that requirements.txt names"
         )
-
-
-def card(name: str, saved: nn.Module, config: ModelConfig, vocab: Vocab, facts: Mapping[str, Any]) -> str:
-    """The model card: nothing but what can be seen from here, and the facts given."""
-    metadata = {} if config.kind == "factory" else {"library_name": "transformers", "pipeline_tag": "fill-mask"}
-    metadata |= {key: facts[key] for key in CARD_METADATA if key in facts}
-    usage = USAGE_OF_FACTORY if config.kind == "factory" else USAGE
-    told = {key: value for key, value in facts.items() if key not in CARD_METADATA and value is not None}
-    blocks = {key: value for key, value in told.items() if isinstance(value, str) and "\n" in value}
-    rows = {"vocabulary": vocab.size} | {key: value for key, value in told.items() if key not in blocks}
-    training = ["| | |", "|---|---|"]
-    training += [f"| {key} | {f'{value:,}' if type(value) is int else value} |" for key, value in rows.items()]
-    training += [f"\n{key}:\n\n```\n{value.rstrip()}\n```" for key, value in blocks.items()]
-    return CARD.format(
-        metadata="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items()),
-        name=name,
-        parameters=count_parameters(saved),
-        architecture=type(saved).__name__,
-        usage=usage.format(mask=vocab.roles()["mask"], factory=config.factory),
-        training="\n".join(training),
-    )

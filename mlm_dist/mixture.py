@@ -97,6 +97,15 @@ def hash_of(sources: Sources) -> str:
     return hashlib.sha256(json.dumps([[s.name, s.manifest.hash] for s in sources]).encode()).hexdigest()
 
 
+def counts(sources: Sources) -> dict[str, dict[str, int]]:
+    """How much each source holds, by its name."""
+    parts = {source.name: source.manifest for source in sources}
+    return {
+        name: {"shards": len(part.shards), "documents": part.documents, "tokens": part.tokens}
+        for name, part in parts.items()
+    }
+
+
 def lanes_of(sources: Sources, lanes: int | None, world_size: int) -> int:
     """The number of lanes, bounded by the source with the fewest shards. Raises ConfigError as `resolve_lanes` does."""
     smallest = min(sources, key=lambda source: len(source.manifest.shards))

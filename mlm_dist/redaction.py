@@ -3,12 +3,14 @@
 import re
 from typing import Any
 
+from mlm_dist.fetch import public
+
 SECRET_WORDS = ("key", "secret", "password", "passwd", "credential", "api_token", "auth")
 REDACTED = "[redacted]"
 
 
 def redact(content: Any, name: str = "") -> Any:
-    """A configuration without the values of keys that sound like secrets, and without passwords in URLs."""
+    """A configuration without the values of keys that sound like secrets, and the logins and queries of URLs."""
     if isinstance(content, dict):
         return {key: redact(value, str(key)) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -23,7 +25,7 @@ def redact_text(text: str) -> str:
     key, equals, _ = text.partition("=")
     if equals and sounds_secret(key):
         return f"{key}={REDACTED}"
-    return re.sub(r"(\w://)[^/@\s]+@", rf"\1{REDACTED}@", text)
+    return re.sub(r"\w+://\S+", lambda url: public(url[0]), text)
 
 
 def sounds_secret(dotted: str) -> bool:

@@ -296,6 +296,7 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
     facts = {
         "manifest": mixture.hash_of(sources),
         "tokenizer": tokenizer.fingerprint,
+        "data": mixture.counts(sources),
         "precision": resolve_precision(cfg.engine, here.device),
         "config": redact(schema.to_mapping(cfg)),
     }

@@ -128,7 +128,7 @@ def test_the_card_tells_the_facts_and_nothing_else(exported) -> None:
     card = (exported[0] / "README.md").read_text()
     assert card.startswith('---\nlibrary_name: "transformers"\npipeline_tag: "fill-mask"\nlicense: "mit"\n---\n')
     assert "| steps | 1,200 |\n| held-out loss | 3.25 |\n" in card
-    assert "config:\n\n```\nrun:\n  steps: 1200\n```" in card
+    assert "<summary>config</summary>\n\n```\nrun:\n  steps: 1200\n```\n\n</details>" in card
     assert "[MASK]" in card and "best" not in card
 
 

@@ -10,7 +10,7 @@ def test_secrets_of_a_configuration_are_left_out() -> None:
         "model": {"args": {"key_dim": 64}},
     }
     secret = {"api_key": "x", "parts": [{"password": "y"}], "url": "https://me:z@host/x?y"}
-    shown = {"api_key": "[redacted]", "parts": [{"password": "[redacted]"}], "url": "https://[redacted]@host/x?y"}
+    shown = {"api_key": "[redacted]", "parts": [{"password": "[redacted]"}], "url": "https://host/x"}
     assert redact(plain | {"deepspeed": secret}) == plain | {"deepspeed": shown}
 
 
@@ -18,10 +18,10 @@ def test_secrets_of_a_configuration_are_left_out() -> None:
     ("text", "shown"),
     [
         ("deepspeed.comet.api_key=abc=d", "deepspeed.comet.api_key=[redacted]"),
-        ("data.shards=https://u:p@h/x", "data.shards=https://[redacted]@h/x"),
+        ("data.shards=https://u:p@h/x", "data.shards=https://h/x"),
         ("--config", "--config"),
         ("run.steps=5", "run.steps=5"),
-        ("mail me@host, see https://host/@x", "mail me@host, see https://host/@x"),
+        ("mail me@host, see https://host/@x now", "mail me@host, see https://host/@x now"),
     ],
 )
 def test_secrets_of_a_command_line_are_left_out(text: str, shown: str) -> None:

@@ -354,6 +354,12 @@ def test_evaluate_agrees_with_training_and_export_loads(finished: Path, tmp_path
 
     exported = run("launch/export.py", "--run", str(finished), "--out", str(tmp_path / "hf"))
     assert exported.returncode == 0, exported.stdout
+    card, held_out = (tmp_path / "hf/README.md").read_text(), metrics(finished, "valid/loss")[12]
+    tokens = checkpoint.load_state(checkpoint.find(finished)).tokens
+    assert f"\n| steps | 12 |\n| tokens | {tokens:,}, padding not counted" in card
+    perplexity = metrics(finished, "valid/perplexity")[12]
+    assert f"| held-out loss | {held_out:.4f} at step 12 (perplexity {perplexity:,.2f}) |" in card
+    assert f"| held-out text | {numbers['targets']:,.0f} tokens predicted, of " in card
     filled = run("launch/fill_mask.py", "--model", str(tmp_path / "hf"), "the heart [MASK]", "--top", "3")
     assert filled.returncode == 0, filled.stdout
     assert len([line for line in filled.stdout.splitlines() if "%" in line or "0." in line]) >= 3
