@@ -146,24 +146,27 @@ class Saver:
     def _failure(self, error: Exception) -> CheckpointError:
         assert self.under_way is not None
         final, self.under_way = self.under_way.final, None
-        free = shutil.disk_usage(self.folder).free / 1e9
-        return CheckpointError(
-            f"checkpoint {final} was not saved, those before it stand: {error}; {free:.2f} GB are free there"
+        # torch says only that a write failed
+        reason = (
+            "no space left on the disk; " if shutil.disk_usage(self.folder).free < space_needed(self.engine) else ""
         )
+        return CheckpointError(f"checkpoint {final} was not saved, those before it stand: {reason}{error}")
 
 
 def check_space(folder: Path, engine: Engine, world: World) -> None:
-    """Raise CheckpointError on every rank where the disk has no room: found out half-way, ranks would wait in vain.
-
-    A checkpoint takes 16 bytes a parameter at most: weights, master weights and AdamW's two states, in fp32.
-    """
-    needed = 16 * sum(engine.sizes())
+    """Raise CheckpointError on every rank where the disk has no room: found out half-way, ranks would wait in vain."""
+    needed = space_needed(engine)
     free = world.broadcast(shutil.disk_usage(folder).free)
     if free < needed:
         raise CheckpointError(
             f"no space left for a checkpoint in {folder}: it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
             "free; make room, or set checkpoint.keep_last lower, and start again: the checkpoints before it stand"
         )
+
+
+def space_needed(engine: Engine) -> int:
+    """Bytes of a checkpoint, at most: weights, master weights and AdamW's two states in fp32, 16 a parameter."""
+    return 16 * sum(engine.sizes())
 
 
 def write_files(staging: Path, files: CheckpointFiles, state: str | None) -> dict[str, dict[str, Any]]:
