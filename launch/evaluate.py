@@ -12,7 +12,7 @@ from pathlib import Path
 import _cli
 import torch
 
-from mlm_dist import checkpoint, config, masking, mixture, remote, schema, stream, train, vocab, world
+from mlm_dist import assembly, checkpoint, config, masking, mixture, remote, schema, stream, train, vocab, world
 from mlm_dist.cache import make_cache
 from mlm_dist.engine import StepSums, forward_sums
 from mlm_dist.evaluate import evaluate
@@ -47,7 +47,7 @@ def main() -> int:
     if not sources:
         named = " and ".join(folder.shards for folder in folders.values())
         raise schema.ConfigError(f"{named} holds no held-out documents; give others with --shards")
-    model = train.load_model(cfg, tokenizer, path)
+    model = assembly.load_model(cfg, tokenizer, path)
     with world.join(cfg.engine.timeout_seconds) as here:
         model.to(here.device).eval()
         batches = stream.held_out_batches(

@@ -9,7 +9,7 @@ from pathlib import Path
 import _cli
 from transformers.utils import logging
 
-from mlm_dist import __version__, card, checkpoint, config, export, schema, train, vocab
+from mlm_dist import __version__, assembly, card, checkpoint, config, export, schema, train, vocab
 
 
 def parse() -> argparse.Namespace:
@@ -31,7 +31,7 @@ def main() -> int:
     state = checkpoint.load_state(path)
     cfg = schema.from_mapping(config.RunConfig, state.facts["config"])
     tokenizer = vocab.load(args.run / "tokenizer")
-    model = train.load_model(cfg, tokenizer, path)
+    model = assembly.load_model(cfg, tokenizer, path)
     facts = card.facts_of_run(args.run, path, state, cfg)
     facts |= {"exported with": f"mlm_dist {__version__}", "license": args.license, "language": args.language}
     print(export.write(args.out, model.transformer, cfg.model, tokenizer, facts, overwrite=args.overwrite))

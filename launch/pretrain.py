@@ -14,7 +14,7 @@ for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
 
 import _cli  # noqa: E402
 
-from mlm_dist import config, schema, train, world  # noqa: E402
+from mlm_dist import assembly, config, schema, train, world  # noqa: E402
 from mlm_dist.config import RunConfig  # noqa: E402
 
 
@@ -30,13 +30,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--world-size", type=int, help="--dry-run: for so many ranks (default: those that were started)"
     )
+    parser.add_argument("--verbose", action="store_true", help="show what the libraries say, too (log.verbose=true)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse()
-    cfg = config.load(args.config, args.overrides)
+    cfg = config.load(args.config, args.overrides + ["log.verbose=true"] * args.verbose)
     if args.dry_run:
         if args.world_size is not None and args.world_size < 1:
             raise schema.ConfigError(f"--world-size = {args.world_size} must be at least 1")
@@ -47,7 +48,7 @@ def main() -> int:
 
 
 def dry_run(cfg: RunConfig, world_size: int) -> str:
-    *_, tokenizer = train.open_data(cfg, world_size)
+    *_, tokenizer = assembly.open_data(cfg, world_size)
     return config.describe(cfg, world_size, world.pick_device(0), tokenizer.size)
 
 

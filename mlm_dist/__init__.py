@@ -30,6 +30,7 @@ Reading order is import order: a module imports only modules above it in this li
     engine       DeepSpeed: build, train_step, eval_step
     metrics      sums -> numbers; one reduction per report
     run_folder   the folder of a run: its lock, how the run stands, what it came from and ran on
+    logs         each rank's log file; quiet libraries
     mirror       the run in W&B, on a thread of its own
     alerts       what someone should hear of who isn't looking
     tracker      console, metrics.jsonl and its mirror, alerts
@@ -37,6 +38,7 @@ Reading order is import order: a module imports only modules above it in this li
     saver        how it's written: files, hashes, the manifest, the name
     evaluate     held-out loss with frozen masks
     config       RunConfig: the sections above; checks across sections
+    assembly     a run's parts from its configuration: data, objective, a trained model
     train        the loop
     card         what a model card says: how the model was trained
     export       a trained model -> Hugging Face folder

@@ -30,6 +30,7 @@ class Alerts:
         self.path, self.say, self.send = folder / "alerts.jsonl", say, send
         self.last: dict[str, float] = {}
         self.kept_back: dict[str, int] = {}
+        self.newest: str | None = None  # what and when, in a few words
         self.lock = threading.Lock()
 
     def tell(self, kind: str, text: str, step: int, level: Level = "WARN", always: bool = False) -> None:
@@ -39,6 +40,7 @@ class Alerts:
         """
         with self.lock:
             now = time.monotonic()
+            self.newest = f"{kind} at step {step}"
             if level != "ERROR":
                 self.say(f"warning: {text}" if level == "WARN" else text)
             if not always and now - self.last.get(kind, -QUIET_SECONDS) < QUIET_SECONDS:

@@ -30,7 +30,8 @@ from mlm_dist.schema import ConfigError, setting
 from mlm_dist.stream import Batch, BatchConfig, accumulation, micro_rows
 from mlm_dist.world import World
 
-deepspeed_logger.setLevel(logging.WARNING)
+for handler in deepspeed_logger.handlers:  # what it says when it is imported; logs.py sees to the rest
+    handler.setLevel(logging.WARNING)
 # DeepSpeed calls collectives by names that torch renamed; nothing a user could do about it
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 # A shared-memory all-reduce for inference, which training never calls and which takes a minute to compile.

@@ -44,6 +44,7 @@ class LogConfig:
     slow_rank: float = setting(
         0.1, above=0, help="warn of a rank whose own work takes longer than the median rank's by this share of a step"
     )
+    verbose: bool = setting(False, help="show on the console what the libraries say besides warnings (--verbose)")
     stall_minutes: float = setting(10.0, above=0, help="alert where no step was finished for so long")
     log_diff: bool = setting(False, help="record the git diff of the working tree, in the run folder and in W&B")
     log_checkpoints: bool = setting(False, help="tell W&B of each checkpoint: where it stands, not its contents")

@@ -30,3 +30,12 @@ def redact_text(text: str) -> str:
 
 def sounds_secret(dotted: str) -> bool:
     return any(word in dotted.rsplit(".", 1)[-1].lower() for word in SECRET_WORDS)
+
+
+def secrets_of(content: Any, name: str = "") -> set[str]:
+    """The texts of a configuration, or an environment, that `redact` leaves out."""
+    if isinstance(content, dict):
+        return set().union(*(secrets_of(value, str(key)) for key, value in content.items()))
+    if isinstance(content, list | tuple):
+        return set().union(*(secrets_of(value, name) for value in content))
+    return {content} if isinstance(content, str) and content and redact(content, name) != content else set()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mlm_dist.alerts import Alerts, Level, Slowdown
+from mlm_dist.logs import said
 from mlm_dist.metrics import Spikes
 from mlm_dist.mirror import FINISH_SECONDS, LogConfig, Mirror, wandb_mode
 
@@ -52,7 +53,7 @@ class Tracker:
         self.metrics.write(json.dumps(record | finite, allow_nan=False) + "\n")
         self.mirror.log(record | numbers)
         if "loss" in numbers:
-            self._progress(progress_line(step, self.total(), numbers, self._seconds_left(step)))
+            self._progress(progress_line(step, self.total(), numbers, self._seconds_left(step), self.alerts.newest))
             self._watch(step, numbers)
         elif "valid/loss" in numbers:
             self.say(
@@ -82,6 +83,7 @@ class Tracker:
         if self.is_main:
             put(("\n" if self.line_open else "") + text + "\n")
             self.line_open = False
+            said.info(text)
 
     def finish(self, exit_code: int, seconds: float = FINISH_SECONDS) -> None:
         """Close the log; W&B records the exit code, and is waited for, so long at most."""
@@ -90,6 +92,7 @@ class Tracker:
             self.mirror.finish(exit_code, seconds)
 
     def _progress(self, line: str) -> None:
+        said.info(line)
         if sys.stdout.isatty():
             put(f"\r\x1b[K{line}")
             self.line_open = True
@@ -139,8 +142,10 @@ def is_within(line: str, step: int) -> bool:
         return False
 
 
-def progress_line(step: int, total: int | None, numbers: dict[str, float], seconds_left: float | None) -> str:
-    """`step 120/600  loss 5.4321  lr 1.0e-03  12,345 tokens/s  mfu 51 %  left 3:20`."""
+def progress_line(
+    step: int, total: int | None, numbers: dict[str, float], seconds_left: float | None, alert: str | None = None
+) -> str:
+    """`step 120/600  loss 5.4321  lr 1.0e-03  12,345 tokens/s  mfu 51 %  left 3:20  [loss spike at step 90]`."""
     parts = [
         f"step {step}/{total}" if total else f"step {step}",
         f"loss {numbers['loss']:.4f}",
@@ -152,4 +157,6 @@ def progress_line(step: int, total: int | None, numbers: dict[str, float], secon
         minutes, seconds = divmod(round(seconds_left), 60)
         hours, minutes = divmod(minutes, 60)
         parts.append(f"left {hours}:{minutes:02d}:{seconds:02d}" if hours else f"left {minutes}:{seconds:02d}")
+    if alert:
+        parts.append(f"[{alert}]")
     return "  ".join(parts)

@@ -1,5 +1,6 @@
 """The loop: next micro-batches, one step, and what is due."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -9,17 +10,16 @@ from typing import Any
 
 import torch
 
-from mlm_dist import checkpoint, config, masking, mixture, models, optim, remote, schema, stream, vocab, world
-from mlm_dist.cache import make_cache
+from mlm_dist import assembly, checkpoint, config, masking, mixture, models, optim, schema, stream, world
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
 from mlm_dist.engine import Engine, StepSums, resolve_precision
 from mlm_dist.evaluate import evaluate
+from mlm_dist.logs import logs
 from mlm_dist.manifest import ShardError
 from mlm_dist.metrics import Meter, bad_shard_numbers
 from mlm_dist.mixture import Sources
-from mlm_dist.mlm import MLM
-from mlm_dist.redaction import redact
+from mlm_dist.redaction import redact, secrets_of
 from mlm_dist.run_folder import open_folder, write_inputs, write_status
 from mlm_dist.saver import Saver
 from mlm_dist.schema import ConfigError
@@ -81,6 +81,8 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
             on_hang=lambda: write_status(folder, "failed", EXIT_HANG),
         )
         stack.enter_context(watchdog)
+        secrets = secrets_of(schema.to_mapping(cfg)) | secrets_of(dict(os.environ))
+        stack.enter_context(logs(folder, here.rank, cfg.log.verbose, secrets))
         run = prepare(cfg, folder, here, watchdog, stack)
         watchdog.on_hang = lambda: hung(run)
         watchdog.watch_stalls(60 * cfg.log.stall_minutes, lambda doing, seconds: stalled(run, doing, seconds))
@@ -289,7 +291,7 @@ def save(run: Run, wait: bool = True) -> None:
 
 def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack: ExitStack) -> Run:
     """Build the run on this rank, at its newest whole checkpoint where there is one."""
-    sources, valid, tokenizer = open_data(cfg, here.size)
+    sources, valid, tokenizer = assembly.open_data(cfg, here.size)
     folders = " and ".join(folder.shards for folder in cfg.data.folders().values())
     if len(set(here.gather(mixture.hash_of(sources)))) > 1:
         raise ConfigError(f"the ranks found different manifests at {folders}; start again when it is settled")
@@ -307,7 +309,7 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
     world.seed_everything(cfg.run.seed)
     transformer = models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing)
     flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
-    model = objective(cfg, transformer, tokenizer)
+    model = assembly.objective(cfg, transformer, tokenizer)
     resharded = saved is not None and checkpoint.needs_resharding(saved, here)
     engine = Engine(model, cfg.engine, cfg.optim, cfg.batch, cfg.masking, cfg.run.seed, here, cfg.deepspeed, resharded)
     if saved:
@@ -348,34 +350,6 @@ def describe(
     more = {name: facts[name] for name in ("manifest", "tokenizer", "precision")}
     more |= {"ranks": here.size, "device": str(here.device)}
     return schema.flatten(facts["config"] | write_inputs(folder, engine.json, more, cfg.log.log_diff))
-
-
-def open_data(cfg: RunConfig, world_size: int) -> tuple[Sources, Sources, Vocab]:
-    """Training sources, those with held-out shards, and their tokenizer. Raises ConfigError for a misfit."""
-    folders = cfg.data.folders()
-    cache = make_cache(cfg.data.cache_dir, cfg.data.cache_gb, cfg.data.fetch_seconds)
-    sources = mixture.open_sources(folders, "train", cache)
-    root = folders[sources[0].name].shards
-    tokenizer = vocab.load(remote.open_tokenizer(remote.join(root, "tokenizer"), cache))
-    stream.check(sources, tokenizer, cfg.data, cfg.batch, world_size)
-    valid = mixture.open_sources(folders, "valid", cache)
-    if valid:
-        stream.check_held_out(valid, tokenizer, cfg.data, cfg.batch)
-    return sources, valid, tokenizer
-
-
-def objective(cfg: RunConfig, transformer: torch.nn.Module, tokenizer: Vocab) -> MLM:
-    """The MLM wrapper as the configuration states it."""
-    return MLM(transformer, **masking.mlm_keywords(cfg.masking, tokenizer))
-
-
-def load_model(cfg: RunConfig, tokenizer: Vocab, saved: Path) -> MLM:
-    """The bare model of a run with a checkpoint's weights, in fp32 on the host."""
-    model = objective(
-        cfg, models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing), tokenizer
-    )
-    model.load_state_dict(checkpoint.full_weights(saved))
-    return model
 
 
 def resumed_state(cfg: RunConfig, folder: Path, saved: Path | None, facts: dict[str, Any]) -> State:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,27 @@ def test_no_secret_stands_in_a_run_folder(toy: Path, tmp_path: Path, monkeypatch
     assert "[redacted]" in (tmp_path / "run" / "config.yaml").read_text()
     again = pretrain(toy, tmp_path / "run", "run.steps=6", "log.wandb=offline", "checkpoint.every_steps=2", *secrets)
     assert again.returncode == 0 and "resumed from step 4" in again.stdout, again.stdout
+
+
+def test_the_console_is_quiet_and_each_rank_has_a_log(toy: Path, tmp_path: Path) -> None:
+    plain = pretrain(toy, tmp_path / "plain", "run.steps=3", "evaluate.every_steps=3")
+    loud = pretrain(toy, tmp_path / "loud", "run.steps=3", "log.verbose=true")
+    assert plain.returncode == loud.returncode == 0, plain.stdout + loud.stdout
+    assert "DeepSpeed" in loud.stdout and "[DeepSpeed]" not in plain.stdout and "INFO" not in plain.stdout
+    for rank in range(2):
+        log = (tmp_path / "plain" / "logs" / f"rank_{rank:05d}.log").read_text()
+        assert "DeepSpeed" in log, "what isn't shown is kept"
+        assert ("held-out loss" in log) == ("step 3/3  loss" in log) == (rank == 0)
+
+
+def test_a_rank_s_log_has_the_traceback_that_ended_it(toy: Path, tmp_path: Path) -> None:
+    (toy_copy := tmp_path / "toy").mkdir()
+    shutil.copytree(toy, toy_copy, dirs_exist_ok=True)
+    for shard in (toy_copy / "train").glob("*.tar"):
+        shard.write_bytes(b"")
+    done = pretrain(toy_copy, tmp_path / "run", "run.steps=3")
+    assert done.returncode != 0
+    for rank in range(2):
+        assert "ShardError" in (tmp_path / "run" / "logs" / f"rank_{rank:05d}.log").read_text()
+    [alert] = [json.loads(line) for line in (tmp_path / "run" / "alerts.jsonl").read_text().splitlines()]
+    assert alert["level"] == "ERROR" and alert["title"] == "failed" and ".tar" in alert["text"]

@@ -1,6 +1,6 @@
 import pytest
 
-from mlm_dist.redaction import redact, redact_text
+from mlm_dist.redaction import redact, redact_text, secrets_of
 
 
 def test_secrets_of_a_configuration_are_left_out() -> None:
@@ -26,3 +26,12 @@ def test_secrets_of_a_configuration_are_left_out() -> None:
 )
 def test_secrets_of_a_command_line_are_left_out(text: str, shown: str) -> None:
     assert redact_text(text) == shown
+
+
+def test_what_is_left_out_is_known() -> None:
+    held = {
+        "a": [{"password": "one"}, {"lr": 1e-3}],
+        "url": "https://me:two@host/x",
+        "b": {"api_key": "three", "c": "d"},
+    }
+    assert secrets_of(held) == {"one", "https://me:two@host/x", "three"}
