@@ -21,10 +21,12 @@ from typing import Any, Literal, TypeVar
 
 from mlm_dist.yaml_tree import ConfigError, Value, dump, plain_tree, read_tree
 
-__all__ = ["ConfigError", "flatten", "from_mapping", "help_text", "load", "setting", "to_mapping", "to_yaml"]
+__all__ = ["ConfigError", "flatten", "from_mapping", "help_text", "load", "redact", "setting", "to_mapping", "to_yaml"]
 
 Config = TypeVar("Config")
 Bounds = Mapping[str, float]  # {"at least": 0.0, "below": 1.0}
+
+SECRET_WORDS = ("key", "secret", "password", "passwd", "credential", "api_token", "auth")
 
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 _NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
@@ -273,6 +275,14 @@ def flatten(mapping: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def redact(config: dict[str, Any]) -> dict[str, Any]:
+    """The flat configuration without the values of keys that sound like secrets."""
+    return {
+        key: "[redacted]" if any(word in key.rsplit(".", 1)[-1].lower() for word in SECRET_WORDS) else value
+        for key, value in config.items()
+    }
 
 
 def _type_name(kind: Any) -> str:

@@ -16,9 +16,7 @@ from urllib.parse import urlsplit
 import wandb
 
 from mlm_dist.metrics import Spikes
-from mlm_dist.schema import setting
-
-SECRET_WORDS = ("key", "secret", "password", "passwd", "credential", "api_token", "auth")
+from mlm_dist.schema import redact, setting
 
 
 @dataclass(frozen=True)
@@ -189,14 +187,6 @@ def run_id(folder: Path) -> str:
     if not path.exists():
         path.write_text(secrets.token_hex(4))
     return path.read_text().strip()
-
-
-def redact(config: dict[str, Any]) -> dict[str, Any]:
-    """The flat configuration without the values of keys that sound like secrets."""
-    return {
-        key: "[redacted]" if any(word in key.rsplit(".", 1)[-1].lower() for word in SECRET_WORDS) else value
-        for key, value in config.items()
-    }
 
 
 def cut_metrics(folder: Path, step: int) -> None:

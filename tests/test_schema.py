@@ -16,6 +16,7 @@ from mlm_dist.schema import (
     from_mapping,
     help_text,
     load,
+    redact,
     setting,
     to_mapping,
     to_yaml,
@@ -588,3 +589,9 @@ def test_help_text_lists_every_key() -> None:
     assert "probe section | null = null" in squeezed
     assert 'probe.rates mapping of float (at most 1) = {"token": 0.15}' in squeezed
     assert "deepspeed mapping = {}" in squeezed
+
+
+def test_secrets_are_not_logged() -> None:
+    flat = {"optim.lr": 1.0, "deepspeed.api_key": "x", "model.options.password": "y", "data.shards": "z"}
+    shown = redact(flat)
+    assert shown == flat | {"deepspeed.api_key": "[redacted]", "model.options.password": "[redacted]"}
