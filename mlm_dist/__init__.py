@@ -29,6 +29,11 @@ Reading order is import order: a module imports only modules above it in this li
     metrics      sums -> numbers; one reduction per report
     tracker      console, metrics.jsonl, W&B
     run_folder   the folder of a run: its lock, how the run stands, what it ran on
+    history      a run folder read back: metrics as series, thinned where they are long
+    charts       series -> inline SVG
+    panels       which metrics stand in which chart
+    notes        what a run folder tells in words: status, alerts, predictions, configuration
+    report       one or several runs -> one HTML file
     checkpoint   save, verify, resume, keep
     evaluate     held-out loss with frozen masks
     config       RunConfig: the sections above; checks across sections

@@ -3,10 +3,13 @@
 import fcntl
 import json
 import platform
+import subprocess
 import sys
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from mlm_dist.manifest import replace_file
 from mlm_dist.schema import ConfigError
@@ -42,12 +45,27 @@ def write_status(folder: Path, status: str, exit_code: int | None, **more: int |
     replace_file(folder / "status.json", (json.dumps(content) + "\n").encode())
 
 
-def write_environment(folder: Path) -> None:
-    """Tell in RUN/environment.json what the run ran on: versions, platform, command."""
+def write_environment(folder: Path, here: World) -> None:
+    """Tell in RUN/environment.json what the run ran on: command, commit, ranks, versions, platform."""
     content = {
         "command": sys.argv,
+        "commit": commit(),
+        "ranks": here.size,
+        "device": torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else here.device.type,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in LIBRARIES},
     }
     (folder / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def commit() -> str | None:
+    """The git commit of this code, with "-dirty" where files were changed since; None where there is no clone."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None  # git would tell of a repository around it
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -19,6 +19,7 @@ from mlm_dist.manifest import ShardError
 from mlm_dist.metrics import Meter, bad_shard_numbers
 from mlm_dist.mixture import Sources
 from mlm_dist.mlm import MLM
+from mlm_dist.report import write_at_end
 from mlm_dist.run_folder import open_folder, write_environment, write_status
 from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch
@@ -88,6 +89,8 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
         finally:
             tell(run, {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed"), exit_code)
             run.tracker.finish(exit_code)
+            if here.is_main:
+                write_at_end(folder, run.tracker.say)
         here.barrier()  # launchers end the ranks that are left when the first one exits with a code
         return exit_code
 
@@ -289,7 +292,7 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
     if here.is_main:
         tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(schema.to_yaml(cfg))
-        write_environment(folder)
+        write_environment(folder, here)
     tracker.start(state.step)
     if not valid:
         tracker.say(f"{folders} holds no held-out documents: nothing is evaluated")

@@ -12,8 +12,8 @@ PACKAGE = "mlm_dist"
 # A module imports only modules that stand before it here.
 LADDER = (
     "yaml_tree schema world watchdog pace vocab fetch manifest samples cache remote shards packing lanes mixture "
-    "loader stream masking mlm encoder huggingface models optim engine metrics tracker run_folder checkpoint "
-    "evaluate config train export"
+    "loader stream masking mlm encoder huggingface models optim engine metrics tracker run_folder history charts "
+    "panels notes report checkpoint evaluate config train export"
 ).split()
 ONLY_IN = {"webdataset": ("shards",), "wandb": ("tracker",), "deepspeed": ("engine", "checkpoint")}
 AROUND = ("launch", "shards", "tests", "benchmarks")  # folders beside the package, which it never imports
