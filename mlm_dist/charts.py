@@ -56,6 +56,7 @@ class Curve:
     colour: int
     style: int
     series: Series  # thinned
+    means: Series | None  # where it is: what the extremes lie around
     not_finite: Sequence[int]  # steps
 
 
@@ -186,7 +187,11 @@ def draw(curves: Sequence[Curve], marks: Sequence[Mark], scale: Scale, span: Spa
     for curve in curves:
         places = list(places_of(curve.series, span, scale))
         if not points:
-            parts.append(f'<path class="curve c{curve.colour} s{curve.style}" d="{path(places)}"/>')
+            rough = " rough" if curve.means else ""
+            parts.append(f'<path class="curve{rough} c{curve.colour} s{curve.style}" d="{path(places)}"/>')
+        if curve.means and not points:
+            means = path(places_of(curve.means, span, scale))
+            parts.append(f'<path class="curve c{curve.colour} s{curve.style}" d="{means}"/>')
         if points or len(places) <= DOTTED_UP_TO:
             dots = "".join(f"M{place[0]} {place[1]}h0" for place in places if place)
             parts.append(f'<path class="dots c{curve.colour}" d="{dots}"/>')
@@ -257,7 +262,8 @@ def chart(panel: Panel, curves: Sequence[Curve], spans: Sequence[Span], marks: S
     scale = scale_for((value for curve in curves for value in curve.series.values), panel.log)
     grid = "".join(f"M0 {round(HEIGHT * (1 - scale.place(tick)))}h{WIDTH}" for tick in scale.ticks())
     drawn = "".join(draw(curves, marks, scale, span, panel.points) for span in spans)
-    note = ", ".join(filter(None, (panel.note, "log scale" if scale.log else "")))
+    thinned = "means, and the extremes behind them" if any(curve.means for curve in curves) else ""
+    note = ", ".join(filter(None, (panel.note, "log scale" if scale.log else "", thinned)))
     kind = " ".join(filter(None, ("chart", panel.wide and "wide", panel.points and "points")))
     return (
         f'<figure class="{kind}"><figcaption><h3>{escape(panel.title)}</h3>'

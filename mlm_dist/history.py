@@ -182,6 +182,22 @@ def thin(series: Series, stretches: int) -> Series:
     return Series(*(array(column.typecode, (column[place] for place in order)) for column in series))
 
 
+def average(series: Series, stretches: int) -> Series | None:
+    """The mean of each stretch that `thin` takes, at its middle; None for a series that it leaves whole."""
+    values, count = series.values, len(series.values)
+    if count <= 2 * stretches:
+        return None
+    means = Series(array("q"), array("q"), array("d"))
+    length = -(-count // stretches)
+    for start in range(0, count, length):
+        end = min(start + length, count)
+        finite = [value for value in values[start:end] if math.isfinite(value)]
+        means.steps.append(series.steps[(start + end) // 2])
+        means.tokens.append(series.tokens[(start + end) // 2])
+        means.values.append(math.fsum(finite) / len(finite) if finite else math.nan)
+    return means
+
+
 def since(series: Series, step: int) -> Series:
     """What of a series lies at a step or beyond it."""
     start = bisect_left(series.steps, step)

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from html import escape
 
 from mlm_dist.charts import Curve, Mark, Panel, Span, chart, show
-from mlm_dist.history import History, since, thin
+from mlm_dist.history import History, average, since, thin
 
 COLOURS, STYLES = 8, 4  # that report.css has
 CURVES_AT_MOST = 8  # of one run in one chart
@@ -47,7 +47,8 @@ def curves_of(histories: Sequence[History], chosen: Sequence[tuple[str, str]]) -
                 series = history.series[name]
                 title = ", ".join(filter(None, (history.name, label))) if len(histories) > 1 else label
                 colour, style = colour_of(run, place, len(histories))
-                curves.append(Curve(title, colour, style, thin(series, stretches), series.not_finite()))
+                thinned, means = thin(series, stretches), average(series, stretches)
+                curves.append(Curve(title, colour, style, thinned, means, series.not_finite()))
     return curves
 
 
