@@ -34,6 +34,7 @@ pretrain: $(INSTALLED) $(SHARDS)/train/manifest.json
 	$(PY) launch/fill_mask.py --model $(EXPORT) --top 3 \
 	    "    def __init__([MASK], name):" "if x is not [MASK]:" "    raise [MASK]('not a number')"
 	@echo
+	@echo "Its report:   $(RUN)/report.html   (curves, predictions, configuration: one file, for any browser)"
 	@echo "The run:      $(RUN)     (metrics.jsonl, checkpoints, the offline W&B run: wandb sync $(RUN)/wandb/offline-run-*)"
 	@echo "The shards:   $(SHARDS)  ($(PY) shards/inspect.py $(SHARDS))"
 	@echo "The encoder:  $(EXPORT)  (AutoModelForMaskedLM.from_pretrained(\"$(EXPORT)\"))"

@@ -34,6 +34,11 @@ Reading order is import order: a module imports only modules above it in this li
     mirror       the run in W&B, on a thread of its own
     alerts       what someone should hear of who isn't looking
     tracker      console, metrics.jsonl and its mirror, alerts
+    history      a run folder read back: metrics as series, thinned where they are long
+    charts       series -> inline SVG
+    panels       which metrics stand in which chart
+    notes        what a run folder tells in words: status, alerts, predictions, configuration
+    report       one or several runs -> one HTML file
     checkpoint   what is in one: verify, resume, keep
     saver        how it's written: files, hashes, the manifest, the name
     evaluate     held-out loss with frozen masks

@@ -61,7 +61,7 @@ def write_inputs(folder: Path, deepspeed_json: dict[str, Any], facts: Mapping[st
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in LIBRARIES},
-        "git": git_state(),
+        "commit": commit(),
         **facts,
     }
     said = {"environment": environment, "deepspeed": redact(deepspeed_json)}
@@ -72,25 +72,22 @@ def write_inputs(folder: Path, deepspeed_json: dict[str, Any], facts: Mapping[st
     return said
 
 
-def git_state() -> dict[str, Any] | None:
-    """Commit, branch, and whether files differ from it, of the code that runs; None where it is in no repository."""
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    branch, changed = git("rev-parse", "--abbrev-ref", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit.strip(), "branch": (branch or "").strip(), "changed": bool(changed)}
+def commit() -> str | None:
+    """The git commit of this code, with "-dirty" where files were changed since; None where there is no clone."""
+    said = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return said and said.strip()
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints, asked in the folder of this code; None where it can't answer."""
+    """What git prints of the clone that this code stands in; None where there is none."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None  # git would tell of a repository around it
+    command = ["git", "-C", str(root), *arguments]
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            timeout=GIT_SECONDS,
-            text=True,
-            errors="replace",
+            command, capture_output=True, check=True, timeout=GIT_SECONDS, text=True, errors="replace"
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return done.stdout

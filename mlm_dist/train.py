@@ -20,6 +20,7 @@ from mlm_dist.manifest import ShardError
 from mlm_dist.metrics import Meter, bad_shard_numbers
 from mlm_dist.mixture import Sources
 from mlm_dist.redaction import redact, secrets_of
+from mlm_dist.report import write_at_end
 from mlm_dist.run_folder import open_folder, write_inputs, write_status
 from mlm_dist.saver import Saver
 from mlm_dist.schema import ConfigError
@@ -97,6 +98,8 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
         finally:
             tell(run, {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed"), exit_code)
             run.tracker.finish(exit_code)
+            if here.is_main:
+                write_at_end(folder, run.tracker.say)
         here.barrier()  # launchers end the ranks that are left when the first one exits with a code
         return exit_code
 
@@ -348,7 +351,7 @@ def describe(
     tokenizer.save(folder / "tokenizer")
     (folder / "config.yaml").write_text(schema.to_yaml(schema.from_mapping(RunConfig, facts["config"])))
     more = {name: facts[name] for name in ("manifest", "tokenizer", "precision")}
-    more |= {"ranks": here.size, "device": str(here.device)}
+    more |= {"ranks": here.size, "device": here.device_name}
     return schema.flatten(facts["config"] | write_inputs(folder, engine.json, more, cfg.log.log_diff))
 
 

@@ -54,6 +54,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
         """The elementwise sum over ranks of a host tensor, as a new one."""
         total = numbers.clone()

@@ -13,7 +13,8 @@ PACKAGE = "mlm_dist"
 LADDER = (
     "yaml_tree schema world background watchdog pace vocab fetch redaction manifest samples cache remote shards "
     "packing lanes mixture loader stream masking mlm encoder huggingface models optim engine metrics run_folder logs "
-    "mirror alerts tracker checkpoint saver evaluate config assembly train card export"
+    "mirror alerts tracker history charts panels notes report checkpoint saver evaluate config assembly train card "
+    "export"
 ).split()
 ONLY_IN = {"webdataset": ("shards",), "wandb": ("mirror",), "deepspeed": ("engine", "checkpoint")}
 AROUND = ("launch", "shards", "tests", "benchmarks")  # folders beside the package, which it never imports
