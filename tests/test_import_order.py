@@ -12,8 +12,8 @@ PACKAGE = "mlm_dist"
 # A module imports only modules that stand before it here.
 LADDER = (
     "yaml_tree schema world background watchdog pace vocab fetch redaction manifest samples cache remote shards "
-    "packing lanes mixture loader stream masking mlm encoder huggingface models optim engine metrics run_folder mirror "
-    "alerts tracker checkpoint saver evaluate config train card export"
+    "packing lanes mixture cursor loader stream masking mlm encoder huggingface models optim engine metrics run_folder "
+    "mirror alerts tracker checkpoint saver evaluate config train card export"
 ).split()
 ONLY_IN = {"webdataset": ("shards",), "wandb": ("mirror",), "deepspeed": ("engine", "checkpoint")}
 AROUND = ("launch", "shards", "tests", "benchmarks")  # folders beside the package, which it never imports
