@@ -178,7 +178,7 @@ def add_batches(host_sums: Sums, batches: Sequence[Batch]) -> None:
     for batch in batches:
         host_sums["tokens"] += batch.tokens
         host_sums["text"] += batch.text
-        host_sums["positions"] += batch.ids.numel()
+        host_sums["positions"] += int((batch.sources >= 0).sum()) * batch.ids.shape[1]  # without rows of padding
         host_sums["documents"] += batch.documents
         host_sums["opened"] += batch.opened
 
@@ -238,7 +238,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # sandboxes don't all have the former
 
 
-def measured_peak_flops(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+def measured_peak_flops(device: torch.device, size: int = 1024, repeats: int = 20) -> float:
     """The best of a few square matrix products of the device, FLOP/s: fp32 on a CPU, bf16 on a GPU."""
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     best = math.inf

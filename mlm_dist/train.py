@@ -14,7 +14,7 @@ from mlm_dist.cache import make_cache
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
 from mlm_dist.cursor import Progress, merge_cursors, upgraded
-from mlm_dist.engine import Engine, StepSums, resolve_precision
+from mlm_dist.engine import Engine, resolve_precision
 from mlm_dist.evaluate import evaluate
 from mlm_dist.manifest import ShardError
 from mlm_dist.metrics import Meter, bad_shard_numbers
@@ -262,12 +262,12 @@ def evaluate_now(run: Run, to_save: bool) -> None:
         run.valid, run.vocab, cfg.data, cfg.batch, run.world.rank, run.world.size, max_rows=cfg.evaluate.max_rows
     )
 
-    def step(batch: Batch) -> StepSums:
+    def step(batch: Batch) -> Mapping[str, torch.Tensor]:
         run.watchdog.beat(f"evaluating at step {state.step}")
         return run.engine.eval_step(batch, cfg.evaluate.rate, cfg.evaluate.seed)
 
     try:
-        numbers = evaluate(step, batches, run.world)
+        numbers = evaluate(step, batches, run.world, run.vocab, mixture.named(run.valid))
     except ShardError:
         save(run)  # every rank reads all held-out shards, and meets the same one
         raise
