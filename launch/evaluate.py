@@ -12,10 +12,10 @@ from pathlib import Path
 import _cli
 import torch
 
-from mlm_dist import assembly, checkpoint, config, masking, mixture, remote, schema, stream, train, vocab, world
+from mlm_dist import assembly, checkpoint, config, mixture, remote, schema, stream, train, vocab, world
 from mlm_dist.cache import make_cache
-from mlm_dist.engine import StepSums, forward_sums
-from mlm_dist.evaluate import evaluate
+from mlm_dist.engine import held_out_pass
+from mlm_dist.evaluate import HELD_OUT, evaluate
 from mlm_dist.mixture import SourceConfig
 
 
@@ -54,12 +54,10 @@ def main() -> int:
             sources, tokenizer, cfg.data, cfg.batch, here.rank, here.size, max_rows=cfg.evaluate.max_rows
         )
 
-        @torch.no_grad()
-        def step(batch: stream.Batch) -> StepSums:
-            keys = masking.row_keys_by_sample(cfg.evaluate.seed, batch.row_keys.to(here.device))
-            return StepSums(**forward_sums(model, batch, keys, cfg.evaluate.rate, here.device))
+        def step(batch: stream.Batch) -> dict[str, torch.Tensor]:
+            return held_out_pass(model, batch, cfg.evaluate.rate, cfg.evaluate.seed, here.device)
 
-        numbers = evaluate(step, batches, here)
+        numbers = evaluate(step, batches, here, tokenizer, mixture.named(sources))
         if here.is_main:
             report(args.json, path, numbers)
     return 0
@@ -69,8 +67,18 @@ def report(as_json: bool, path: Path, numbers: dict[str, float]) -> None:
     if as_json:
         print(json.dumps({"checkpoint": str(path), **numbers}))
         return
-    print(f"{path}: held-out loss {numbers['loss']:.4f}, perplexity {numbers['perplexity']:.2f}, "
-          f"accuracy {100 * numbers['accuracy']:.1f} %, over {numbers['targets']:,.0f} masked tokens")  # fmt: skip
+    print(f"{path}: {sentence(numbers)}")
+    for name in (key.removesuffix("/loss") for key in numbers if key.endswith("/loss")):
+        of_it = {kind: numbers[f"{name}/{kind}"] for kind in HELD_OUT}
+        print(f"  {name}: {sentence(of_it)}")
+
+
+def sentence(numbers: dict[str, float]) -> str:
+    return (
+        f"held-out loss {numbers['loss']:.4f}, perplexity {numbers['perplexity']:.2f}, "
+        f"accuracy {100 * numbers['accuracy']:.1f} %, {numbers['bits_per_byte']:.3f} bits per byte, "
+        f"over {numbers['targets']:,.0f} masked tokens"
+    )
 
 
 if __name__ == "__main__":

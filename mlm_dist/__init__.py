@@ -19,6 +19,7 @@ Reading order is import order: a module imports only modules above it in this li
     packing      documents -> fixed (B, T) rows with document boundaries
     lanes        shards -> lanes -> windows: the order of the data, and its cursor
     mixture      several sources with weights: which of them gives a lane's next row
+    cursor       where a run stands in its data, and how many epochs that comes to
     loader       worker processes that read lanes ahead
     stream       lanes -> batches, with the cursor that stands after each
     masking      which tokens, and what replaces them; keyed, stateless, on the device

@@ -24,7 +24,7 @@ from mlm_dist.background import copy_to_host
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
 from mlm_dist.optim import OptimConfig
-from mlm_dist.pace import Stopwatch
+from mlm_dist.pace import PARTS, Stopwatch
 from mlm_dist.redaction import redact
 from mlm_dist.schema import ConfigError, setting
 from mlm_dist.stream import Batch, BatchConfig, accumulation, micro_rows
@@ -77,6 +77,7 @@ class StepSums:
     """What one step or one evaluation batch of this rank adds up to: device tensors, read at log time alone."""
 
     loss: torch.Tensor
+    maskable: torch.Tensor
     targets: torch.Tensor
     correct: torch.Tensor
     by_mask: torch.Tensor
@@ -223,14 +224,14 @@ class Engine:
         optimizer = optim.build(optim_config, model)
         self.norm: torch.Tensor | None = None
         self.skips = Skips(0, 0)
-        self.forward_watch = Stopwatch(world.device)
+        self.watches = {part: Stopwatch(world.device) for part in PARTS}  # `data` is the loop's to run
         if clips_itself(config, self.precision):
             optimizer.register_step_pre_hook(lambda *_: self._clip(config.clip))
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.json | {"checkpoint": {"load_universal": universal}}
         )
         if config.zero_stage == 3:  # DeepSpeed's hooks wait for the weights of a part
-            self.forward_watch.leave_out_hooks_of(self.deepspeed.module)
+            self.watches["forward"].leave_out_hooks_of(self.deepspeed.module)
 
     def train_step(self, batches: Sequence[Batch], targets: int, step: int, lr: float, rate: float) -> StepSums:
         """One optimizer step.
@@ -247,10 +248,12 @@ class Engine:
         self.deepspeed.train()
         for micro_step, batch in enumerate(batches):
             torch.manual_seed(masking.dropout_seed(self.seed, self.world.rank, step, micro_step))
-            with self.forward_watch.lap():
+            with self.watches["forward"].lap():
                 sums = self._forward(batch, self._row_keys(batch, step, micro_step), rate)
-            self.deepspeed.backward(sums["loss"] * scale, scale_wrt_gas=False)
-            self.deepspeed.step()
+            with self.watches["backward"].lap():
+                self.deepspeed.backward(sums["loss"] * scale, scale_wrt_gas=False)
+            with self.watches["optimizer"].lap():
+                self.deepspeed.step()
             detached = StepSums(**{name: value.detach() for name, value in sums.items()})
             total = detached if total is None else total + detached
         assert total is not None
@@ -259,17 +262,23 @@ class Engine:
         self.skips = self.skips.after(skipped, counts=self.precision != "fp16")
         return total.unless(skipped)
 
-    @torch.no_grad()
-    def eval_step(self, batch: Batch, rate: float, seed: int) -> StepSums:
-        """This rank's sums over one held-out batch, with masks that depend on the seed and the rows alone."""
+    def eval_step(self, batch: Batch, rate: float, seed: int) -> dict[str, torch.Tensor]:
+        """What the model makes of one held-out batch of this rank, as `held_out_pass` has it. All ranks call it."""
         self.deepspeed.eval()
-        keys = masking.row_keys_by_sample(seed, batch.row_keys.to(self.world.device))
-        return StepSums(**self._forward(batch, keys, rate))
+        return held_out_pass(self.deepspeed, batch, rate, seed, self.world.device)
 
     def grad_norm(self) -> float | None:
         """Norm of the last gradient before clipping; None where DeepSpeed does not compute it. Waits for the device."""
         norm = self.norm if self.norm is not None else self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def loss_scale(self) -> float | None:
+        """What fp16 multiplies the loss by now; None in other precisions."""
+        return float(self.deepspeed.optimizer.loss_scale) if self.precision == "fp16" else None
+
+    def seconds(self) -> dict[str, float]:
+        """What each part of this rank's steps took since the last call, by the device's clock. Waits for the device."""
+        return {part: watch.read() for part, watch in self.watches.items()}
 
     def checkpoint_files(self, folder: Path, tag: str, later: bool) -> CheckpointFiles:
         """This rank's files of a checkpoint in `folder/tag`: written there when this returns, or copied to be written
@@ -320,8 +329,25 @@ class Engine:
 
 
 def forward_sums(
-    model: torch.nn.Module, batch: Batch, row_keys: torch.Tensor, rate: float, device: torch.device
+    model: torch.nn.Module,
+    batch: Batch,
+    row_keys: torch.Tensor,
+    rate: float,
+    device: torch.device,
+    details: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Sums of an MLM (in an engine or bare) over one batch, masked by the keys at the rate."""
+    """Sums of an MLM (in an engine or bare) over one batch, masked by the keys at the rate; by name, as StepSums has
+    them. details: with what `MLM.forward` adds to them."""
     ids, segments = (t.to(device, non_blocking=True) for t in (batch.ids, batch.segments))
-    return model(ids, row_keys=row_keys, rate=rate, sums=True, segments=segments)
+    sums = model(ids, row_keys=row_keys, rate=rate, sums=True, details=details, segments=segments)
+    # a number that the host knows, as a fill: nothing is copied or waited for
+    return sums | {"maskable": torch.full((), int(batch.maskable.sum()), device=device)}
+
+
+@torch.no_grad()
+def held_out_pass(
+    model: torch.nn.Module, batch: Batch, rate: float, seed: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Sums and details of one held-out batch, with masks that depend on the seed and the rows alone."""
+    keys = masking.row_keys_by_sample(seed, batch.row_keys.to(device))
+    return forward_sums(model, batch, keys, rate, device, details=True)

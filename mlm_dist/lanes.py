@@ -23,10 +23,12 @@ Block = TypeVar("Block", bound=Sized)
 
 MOST_LANES = 64
 
-# What is known of a row beside its tokens: one int64 in each of these columns. EPOCH, WINDOW and ROW are the place that
-# follows it in its lane; SOURCE is the number of the source that it comes from, -1 for a row of padding.
-KEY, MASKABLE, TOKENS, DOCUMENTS, SOURCE, EPOCH, WINDOW, ROW = range(8)
-FACTS = 8
+# What is known of a row beside its tokens: one int64 in each of these columns. TOKENS counts the positions that are not
+# padding, TEXT those that hold tokens of documents; OPENED, the tokens of the documents that begin in the row, wherever
+# the rest of them stands. EPOCH, WINDOW and ROW are the place that follows it in its lane; SOURCE is the number of the
+# source that it comes from, -1 for a row of padding.
+KEY, MASKABLE, TOKENS, TEXT, DOCUMENTS, OPENED, SOURCE, EPOCH, WINDOW, ROW = range(10)
+FACTS = 10
 AFTER = slice(EPOCH, ROW + 1)
 
 
@@ -263,7 +265,9 @@ class Reader:
         facts = np.empty((len(packed), FACTS), np.int64)
         facts[:, MASKABLE] = packed.text - self.specials(packed)
         facts[:, TOKENS] = packed.tokens
+        facts[:, TEXT] = packed.text
         facts[:, DOCUMENTS] = packed.openings
+        facts[:, OPENED] = packed.opened
         facts[:, SOURCE] = self.source
         return WindowRows(packed, facts)
 

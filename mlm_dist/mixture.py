@@ -90,6 +90,11 @@ def is_roomy(sources: Sources, lanes: int | None) -> bool:
     return all(each.roomy(count) for each in remotes)
 
 
+def named(sources: Sources) -> dict[int, str]:
+    """The sources that have a name, by number: a single folder has none."""
+    return {source.number: source.name for source in sources if source.name}
+
+
 def hash_of(sources: Sources) -> str:
     """What tells the contents of the sources from any others: of a single one its manifest's hash."""
     if len(sources) == 1:

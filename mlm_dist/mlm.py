@@ -124,6 +124,7 @@ class MLM(nn.Module):
         row_keys: Tensor | None = None,
         rate: float | None = None,
         sums: bool = False,
+        details: bool = False,
         **kwargs: Any,
     ) -> Tensor | dict[str, Tensor]:
         """The mean loss over the targets of seq (B, T), any integer type; 0 where there are none.
@@ -133,6 +134,9 @@ class MLM(nn.Module):
         sums:     return, as 0-d device tensors, the sum of the loss (which has the gradient) and, in int64, `targets`,
                   how many of them the model got right (`correct`), and what they were shown as (`by_mask`,
                   `by_random`, `kept`)
+        details:  with the sums, for each of a row's K slots for targets: `positions`, `labels` (IGNORED_LABEL in an
+                  unused one) and `losses`, all (B, K), and `logits` (B * K, V); and `shown` (B, T), the ids as the
+                  transformer sees them
         kwargs:   handed to the transformer. `segments` (B, T), where it takes them, is looked at too: 0 is padding,
                   and words and spans don't cross from one segment into the next.
         """
@@ -151,11 +155,16 @@ class MLM(nn.Module):
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         labels = masked.labels.flatten()
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        reduction = "none" if details else "sum"
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction=reduction)
         if not sums:
-            return loss / masked.targets.clamp(min=1)
-        return {
-            "loss": loss,
+            return loss.sum() / masked.targets.clamp(min=1)
+        more = {}
+        if details:
+            more = {"shown": masked.ids, "positions": masked.positions, "labels": masked.labels}
+            more |= {"losses": loss.view_as(masked.labels), "logits": logits}
+        return more | {
+            "loss": loss.sum(),
             "targets": masked.targets,
             "correct": (logits.argmax(dim=-1) == labels).sum(),
             "by_mask": masked.by_mask,

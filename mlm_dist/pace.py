@@ -1,8 +1,10 @@
-"""Which rank is slow: the time that each takes for its own work, without the time in which it waits for the others.
+"""What a step's time goes to, and which rank is slow.
+
+Slow is who takes long for its own work, without the time in which it waits for the others.
 
 A step takes equally long on all ranks, since its collectives wait for the slowest. A rank's own work is what is left
 without them: the wait for its data, and its forward passes. Those have no collective in them at ZeRO stages 0 to 2; at
-stage 3 they wait for the other ranks' weights, and the watch stands still meanwhile. The backward pass is not timed:
+stage 3 they wait for the other ranks' weights, and the watch stands still meanwhile. The backward pass is no such work:
 its collectives are within it, and who is slow there is slow in the forward pass too.
 """
 
@@ -14,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+# What a step is made of, each by a watch of its own. The rest is agreeing with the other ranks, and the loop itself.
+PARTS = ("data", "forward", "backward", "optimizer")
 
 STEPS_JUDGED = 10  # at least; who is slow over two such stretches in a row is told
 SMALLEST_LAG_SECONDS = 0.005  # a step; less is not worth a word

@@ -73,6 +73,7 @@ class Packed:
     tokens: np.ndarray  # (R,) int64: positions that are not padding
     text: np.ndarray  # (R,) int64: positions that hold a document's tokens
     openings: np.ndarray  # (R,) int64: documents that begin in the row
+    opened: np.ndarray  # (R,) int64: tokens of those documents, as a whole
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -86,7 +87,7 @@ def pack(documents: np.ndarray, lengths: np.ndarray, row_tokens: int, mode: str,
     mode:      "best_fit", or "pad": one piece a row
     key:       decides the order of the rows, and which of equally long pieces goes where
     """
-    start, length, opens = cut(lengths, row_tokens - SPECIALS_PER_PIECE)
+    start, length, opened = cut(lengths, row_tokens - SPECIALS_PER_PIECE)
     shuffled = permutation(len(length), *key, 0)
     order = shuffled[np.argsort(-length[shuffled], kind="stable")]  # longest first, equals in the key's order
     sizes = length[order] + SPECIALS_PER_PIECE
@@ -106,18 +107,23 @@ def pack(documents: np.ndarray, lengths: np.ndarray, row_tokens: int, mode: str,
         first=first.tolist(),
         tokens=text + SPECIALS_PER_PIECE * np.diff(first),
         text=text,
-        openings=np.bincount(row, opens[order], rows).astype(np.int64),
+        openings=np.bincount(row, opened[order] > 0, rows).astype(np.int64),
+        opened=np.bincount(row, opened[order], rows).astype(np.int64),
     )
 
 
 def cut(lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents in pieces of at most `most` tokens -> (start, length, opens) of each piece, in order."""
+    """Cut documents in pieces of at most `most` tokens -> (start, length, opened) of each piece, in order.
+
+    opened: tokens of the document that begins with the piece; 0 where it goes on with one
+    """
     lengths = lengths.astype(np.int64)
     pieces = -(-lengths // most)
     document = np.repeat(np.arange(len(lengths)), pieces)
     offset = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most
     start = (np.cumsum(lengths) - lengths)[document] + offset
-    return start, np.minimum(most, lengths[document] - offset), offset == 0
+    whole = lengths[document]
+    return start, np.minimum(most, whole - offset), whole * (offset == 0)
 
 
 def best_fit(sizes: np.ndarray, row_tokens: int) -> tuple[np.ndarray, int]:

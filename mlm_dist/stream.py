@@ -6,21 +6,24 @@ cursor in a Batch says what was delivered, however far the workers have read ahe
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 
+from mlm_dist.cursor import Cursor, Stand, first_cursor
 from mlm_dist.lanes import (
     AFTER,
     DOCUMENTS,
     FACTS,
     KEY,
     MASKABLE,
+    OPENED,
     SOURCE,
+    TEXT,
     TOKENS,
     Planned,
     Rows,
@@ -36,8 +39,6 @@ from mlm_dist.mixture import (
     SourceConfig,
     Sources,
     as_sources,
-    cursor_lane,
-    first_lane,
     lanes_of,
     mix,
     places_in,
@@ -45,11 +46,6 @@ from mlm_dist.mixture import (
 from mlm_dist.packing import hashed
 from mlm_dist.schema import ConfigError, setting
 from mlm_dist.vocab import Vocab
-
-# Plain JSON: {"rows": rows delivered over all ranks, "lanes": [lane, ...], "bad_shards": {label: reason}}. A lane is
-# [epoch, window, row]; of several sources, [epoch, window, row, rows taken] for each in the order of their names. The
-# lanes of other ranks are None until `merge_cursors` has put the ranks' cursors together.
-Cursor = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,23 +91,6 @@ class BatchConfig:
     micro_rows: int = setting(32, low=1, help="most rows that a rank holds at a time; accumulation follows")
 
 
-class Stand(NamedTuple):
-    """Where a run stands after a batch of one rank; cheaper to keep with every batch than the cursor that it makes."""
-
-    rows: int  # delivered over all ranks
-    lanes: int
-    own: Sequence[int]  # the lanes of this rank
-    places: np.ndarray  # (own lanes, sources, 4) int64: epoch, window, row, rows taken
-    bad_shards: Mapping[str, str]
-
-    def cursor(self) -> Cursor:
-        """The cursor; the other ranks' lanes are None."""
-        lanes: list[list | None] = [None] * self.lanes
-        for lane, places in zip(self.own, self.places.tolist(), strict=True):
-            lanes[lane] = cursor_lane(places)
-        return {"rows": self.rows, "lanes": lanes, "bad_shards": dict(self.bad_shards)}
-
-
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank: B rows of T positions."""
@@ -122,8 +101,11 @@ class Batch:
     row_keys: torch.Tensor  # (B,) int64: names the row in any world size: hash of (epoch, lane, window, row)
     sources: torch.Tensor  # (B,) int16, on the host: number of the row's source, by name; -1 = a row of padding
     stand: Stand | None  # none in held-out batches
-    tokens: int  # positions that are not padding
+    row_tokens: torch.Tensor  # (B,) int32, on the host: positions of the row that are not padding
+    tokens: int  # the same of the batch
+    text: int  # of those, the tokens of documents
     documents: int  # documents that begin in the batch
+    opened: int  # tokens of those documents, wherever they stand
     bad_shards: Mapping[str, str] = field(default_factory=dict)  # skipped on this rank so far: label -> reason
 
     @property
@@ -169,29 +151,6 @@ def check(shards: Manifest | Sources, vocab: Vocab, data: DataConfig, batch: Bat
 def check_held_out(shards: Manifest | Sources, vocab: Vocab, data: DataConfig, batch: BatchConfig) -> None:
     """Raise ConfigError if `held_out_batches` would."""
     mix(as_sources(shards), vocab, batch.seq_len, data.packing, data.window_records)
-
-
-def first_cursor(lanes: int, sources: int = 1) -> Cursor:
-    """The cursor of a run that begins."""
-    return {"rows": 0, "lanes": [first_lane(sources)] * lanes, "bad_shards": {}}
-
-
-def upgraded(cursor: Cursor) -> Cursor:
-    """A saved cursor as one of today: earlier ones list the bad shards without their reasons."""
-    if isinstance(cursor["bad_shards"], list):
-        return cursor | {"bad_shards": dict.fromkeys(cursor["bad_shards"], "unreadable")}
-    return cursor
-
-
-def merge_cursors(cursors: Sequence[Cursor]) -> Cursor:
-    """The ranks' cursors of the same moment as one, from which any number of ranks can go on."""
-    assert len({cursor["rows"] for cursor in cursors}) == 1, "cursors of different steps"
-    lanes = [
-        next((place for place in places if place), None) for places in zip(*(c["lanes"] for c in cursors), strict=True)
-    ]
-    assert all(lanes), "a rank's cursor is missing"
-    bad_shards = {label: reason for cursor in cursors for label, reason in cursor["bad_shards"].items()}
-    return {"rows": cursors[0]["rows"], "lanes": lanes, "bad_shards": dict(sorted(bad_shards.items()))}
 
 
 def train_batches(
@@ -342,8 +301,11 @@ def as_batch(rows: Rows, stand: Stand | None, bad_shards: Mapping[str, str] | No
         row_keys=torch.from_numpy(facts[KEY].copy()),
         sources=torch.from_numpy(facts[SOURCE].astype(np.int16)),
         stand=stand,
+        row_tokens=torch.from_numpy(facts[TOKENS].astype(np.int32)),
         tokens=int(sums[TOKENS]),
+        text=int(sums[TEXT]),
         documents=int(sums[DOCUMENTS]),
+        opened=int(sums[OPENED]),
         bad_shards=bad_shards or {},
     )
 

@@ -13,7 +13,8 @@ import torch
 from mlm_dist import assembly, checkpoint, config, masking, mixture, models, optim, schema, stream, world
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
-from mlm_dist.engine import Engine, StepSums, resolve_precision
+from mlm_dist.cursor import Progress, merge_cursors, upgraded
+from mlm_dist.engine import Engine, resolve_precision
 from mlm_dist.evaluate import evaluate
 from mlm_dist.logs import logs
 from mlm_dist.manifest import ShardError
@@ -134,7 +135,8 @@ def loop(run: Run, stop: StopFlag) -> int:
     while state.step != state.total_steps:
         started = time.perf_counter()
         run.watchdog.beat(f"at step {state.step + 1}")
-        micro_batches, problem = take(run)
+        with run.engine.watches["data"].lap():
+            micro_batches, problem = take(run)
         data_seconds = time.perf_counter() - started
         rate = masking.rate_at(cfg.masking, state.step, state.total_steps)
         targets, tokens, stopping = agree(run, micro_batches, rate, bool(stop), problem)
@@ -235,7 +237,9 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
 
 def report(run: Run, lr: float) -> None:
     """Log what the steps since the last report came to, and count those that were skipped."""
-    numbers = run.meter.report(run.engine.forward_watch.read()) | {"lr": lr, "grad_norm": run.engine.grad_norm()}
+    numbers = run.meter.report(run.engine.seconds()) | {"lr": lr, "grad_norm": run.engine.grad_norm()}
+    loss_scale = run.engine.loss_scale()
+    numbers |= {"loss_scale": loss_scale} if loss_scale is not None else {}
     count_skips(run)
     numbers |= {"skipped_steps": run.state.skipped_steps} | bad_shard_numbers(run.bad_shards)
     run.tracker.log(run.state.step, numbers, run.state.tokens)
@@ -263,12 +267,12 @@ def evaluate_now(run: Run, to_save: bool) -> None:
         run.valid, run.vocab, cfg.data, cfg.batch, run.world.rank, run.world.size, max_rows=cfg.evaluate.max_rows
     )
 
-    def step(batch: Batch) -> StepSums:
+    def step(batch: Batch) -> Mapping[str, torch.Tensor]:
         run.watchdog.beat(f"evaluating at step {state.step}")
         return run.engine.eval_step(batch, cfg.evaluate.rate, cfg.evaluate.seed)
 
     try:
-        numbers = evaluate(step, batches, run.world)
+        numbers = evaluate(step, batches, run.world, run.vocab, mixture.named(run.valid))
     except ShardError:
         save(run)  # every rank reads all held-out shards, and meets the same one
         raise
@@ -285,7 +289,7 @@ def save(run: Run, wait: bool = True) -> None:
         started = time.perf_counter()
         count_skips(run)
         saved = State(**vars(run.state))
-        saved.cursor = stream.merge_cursors(run.world.gather(run.state.cursor))
+        saved.cursor = merge_cursors(run.world.gather(run.state.cursor))
         run.saver.save(saved)
         run.meter.leave_out(time.perf_counter() - started)
     if wait:
@@ -339,7 +343,7 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
     saver = Saver(folder / "checkpoints", engine, cfg.checkpoint, here, watchdog.beat, tracker.say, on_saved)
     stack.callback(saver.background.close)
     names = [source.name for source in sources] if len(sources) > 1 else ()
-    meter = Meter(here, flops, names, cfg.log.slow_rank)
+    meter = Meter(here, flops, names, cfg.log.slow_rank, Progress(batches.mixture, cfg.run.seed))
     bad_shards = dict(state.cursor["bad_shards"]) if state.cursor else {}
     return Run(cfg, folder, here, watchdog, tokenizer, valid, engine, state, saver, meter, tracker, batches, bad_shards)
 
@@ -370,5 +374,5 @@ def resumed_state(cfg: RunConfig, folder: Path, saved: Path | None, facts: dict[
         total = config.total_steps(cfg)
         state.total_steps = total if total is None else max(total, state.step)
     state.facts = facts
-    state.cursor = stream.upgraded(state.cursor) if state.cursor else None
+    state.cursor = upgraded(state.cursor) if state.cursor else None
     return state

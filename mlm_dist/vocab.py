@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,32 @@ class Vocab:
         mask = np.array(starts, dtype=bool)  # (V,)
         mask[list(self.special_ids)] = True
         return mask
+
+    def token_bytes(self) -> np.ndarray:
+        """int64 (V,): the UTF-8 bytes of text that each token stands for; 0 for special ones.
+
+        Those of byte-level BPE and of SentencePiece hold the space before a word, and add up to the text's own bytes
+        (SentencePiece puts one space more before a text). WordPiece drops white space, and its tokens add up to the
+        text without any; "##" is no text. All of it after the tokenizer's normalizer: lower case, say.
+        """
+        state = json.loads(self.tokenizer.to_str())
+        added = {token["id"] for token in state["added_tokens"]}  # which are kept as they are written
+        prefix = state["model"].get("continuing_subword_prefix") or ""
+        by_byte = '"ByteLevel"' in json.dumps([state["pre_tokenizer"], state["decoder"]])
+        falls_back = state["model"].get("byte_fallback", False)
+        counts = np.zeros(self.size, np.int64)
+        for i in range(self.size):
+            token = self.tokenizer.id_to_token(i) or ""
+            if i in added:
+                counts[i] = len(token.encode())
+            elif by_byte:
+                counts[i] = len(token)  # a character for each byte
+            elif falls_back and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                counts[i] = 1
+            else:
+                counts[i] = len(token.removeprefix(prefix).replace("▁", " ").encode())
+        counts[list(self.special_ids)] = 0
+        return counts
 
 
 def as_text(token: str) -> str:

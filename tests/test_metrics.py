@@ -1,5 +1,6 @@
 import math
 import random
+import time
 
 import pytest
 import torch
@@ -7,16 +8,19 @@ from ranks import on_ranks
 
 from mlm_dist import world
 from mlm_dist.engine import StepSums
-from mlm_dist.metrics import METRICS, Meter, Spikes, bad_shard_numbers, measured_peak_flops, peak_flops
+from mlm_dist.metrics import METRICS, Meter, Spikes, bad_shard_numbers, peak_flops, peak_memory
 from mlm_dist.stream import Batch
 
 
-def sums(loss: float, targets: int, correct: int, by_mask: int, by_random: int) -> StepSums:
-    counts = (targets, correct, by_mask, by_random, targets - by_mask - by_random)
+def sums(loss: float, maskable: int, targets: int, correct: int, by_mask: int, by_random: int) -> StepSums:
+    counts = (maskable, targets, correct, by_mask, by_random, targets - by_mask - by_random)
     return StepSums(torch.tensor(loss), *(torch.tensor(count) for count in counts))
 
 
-def batch(maskable: list[int], tokens: int, sources: tuple[int, int] = (0, -1)) -> Batch:
+PARTS = {"data": 0.01, "forward": 0.02, "backward": 0.03, "optimizer": 0.04}
+
+
+def batch(maskable: list[int], tokens: int, sources: tuple[int, int] = (0, 0)) -> Batch:
     rows = len(maskable)
     return Batch(
         ids=torch.zeros(rows, 16, dtype=torch.int32),
@@ -25,28 +29,34 @@ def batch(maskable: list[int], tokens: int, sources: tuple[int, int] = (0, -1)) 
         row_keys=torch.arange(rows),
         sources=torch.tensor(sources, dtype=torch.int16),
         stand=None,
+        row_tokens=torch.tensor([tokens - 1, 1], dtype=torch.int32),
         tokens=tokens,
-        documents=rows,
+        text=tokens - 4,  # two pieces, one of which begins a document of 50 tokens
+        documents=1,
+        opened=50,
     )
 
 
 SEEN = {  # by rank: two steps each, of different sizes
-    0: [(sums(20.0, 4, 1, 3, 1), [batch([14, 10], 28)]), (sums(10.0, 4, 2, 4, 0), [batch([12, 12], 30)])],
-    1: [(sums(2.0, 1, 1, 1, 0), [batch([4, 0], 6)]), (sums(4.0, 2, 0, 1, 0), [batch([6, 2], 10)])],
+    0: [(sums(20.0, 24, 4, 1, 3, 1), [batch([14, 10], 28)]), (sums(10.0, 24, 4, 2, 4, 0), [batch([12, 12], 30)])],
+    1: [(sums(2.0, 4, 1, 1, 1, 0), [batch([4, 0], 8)]), (sums(4.0, 8, 2, 0, 1, 0), [batch([6, 2], 12)])],
 }
 
 
 def report() -> dict[str, float]:
     with world.join(60) as here:
         meter = Meter(here, flops_per_token=1000.0)
+        started = time.perf_counter()
+        time.sleep(0.1)
         for step_sums, batches in SEEN[here.rank]:
-            meter.add(step_sums, batches, data_seconds=1e-6 * (here.rank + 1))
-        first = meter.report()
-        assert first["step_seconds"] > 0 and 0 < first["data_wait"] < 1
-        assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 1000 / (meter.peak_flops * 2))
+            meter.add(step_sums, batches, data_seconds=0.02 * (here.rank + 1))
+        parts = {part: seconds * (1 + 2 * here.rank) for part, seconds in PARTS.items()}
+        first = meter.report(parts)
+        seconds = time.perf_counter() - started
         meter.add(*SEEN[here.rank][0], data_seconds=0.0)
-        second = meter.report()
-        return {"first": first, "second": second}
+        meter.add(SEEN[here.rank][1][0].unless(True), SEEN[here.rank][1][1], data_seconds=0.0)
+        second = meter.report(parts)
+        return {"first": first, "second": second, "seconds": seconds, "peak": meter.peak_flops}
 
 
 def test_the_numbers_are_those_of_both_ranks_together() -> None:
@@ -59,23 +69,46 @@ def test_the_numbers_are_those_of_both_ranks_together() -> None:
     assert first["accuracy"] == pytest.approx(4 / 11)
     assert first["mask_rate"] == pytest.approx(11 / 60)
     assert (first["by_mask"], first["by_random"], first["kept"]) == pytest.approx((9 / 11, 1 / 11, 1 / 11))
-    assert first["packing"] == pytest.approx(74 / 128)
+    assert first["packing"] == pytest.approx(78 / 128)
+    assert first["document_tokens"] == 50 and first["continued_pieces"] == pytest.approx(1 / 2)
+    assert first["unknown_tokens"] == pytest.approx(1 - 60 / (78 - 16))
     assert one["second"]["loss"] == pytest.approx(22 / 5), "a report starts again"
+    assert one["second"]["mask_rate"] == pytest.approx(5 / 28), "of a step that was skipped neither counts"
+
+
+def test_the_times_are_those_of_both_ranks_together() -> None:
+    one, other = on_ranks(2, report)
+    first = one["first"]
+    assert first == other["first"], "all ranks get the same"
+    for part, seconds in PARTS.items():  # of two steps, and three times as much on rank 1
+        assert first[f"time/{part}"] == pytest.approx(seconds), part
+    parts = [first[f"time/{part}"] for part in (*PARTS, "other")]
+    seconds = max(one["seconds"], other["seconds"])
+    assert sum(parts) <= first["step_seconds"] * (1 + 1e-9) and first["step_seconds"] == pytest.approx(seconds / 2, 0.1)
+    assert sum(parts) == pytest.approx(first["step_seconds"], rel=0.2)
+    assert first["tokens_per_second"] == pytest.approx(78 / (2 * first["step_seconds"]))
+    assert one["peak"] == other["peak"] == pytest.approx(first["tokens_per_second"] * 1000 / first["mfu"])
+    assert first["data_wait"] == pytest.approx(0.08 / (2 * first["step_seconds"])) and first["data_wait_rank"] == 1
+    # a rank's own work: 0.04 + 0.02 and 0.08 + 0.06 seconds
+    assert first["slowest_rank"] == 1
+    assert first["slowest_rank_lag"] == pytest.approx(0.08 / (2 * first["step_seconds"]))
 
 
 def report_sources() -> list[dict[str, float]]:
     with world.join(60) as here:
         meter = Meter(here, 1.0, sources=("law", "web"))
         pairs = {0: (0, 0), 1: (1, -1)}  # by rank; -1 is a row of padding
-        meter.add(sums(1.0, 1, 1, 1, 0), [batch([4, 4], 8, pairs[here.rank])], 0.0)
-        return [meter.report(), meter.report()]
+        meter.add(sums(1.0, 8, 1, 1, 1, 0), [batch([4, 4], 8, pairs[here.rank])], 0.0)
+        return [meter.report(PARTS), meter.report(PARTS)]
 
 
 def test_each_sources_share_of_the_rows_of_all_ranks_is_reported() -> None:
     one, other = on_ranks(2, report_sources)
     shares = [{name: value for name, value in report.items() if name.startswith("source/")} for report in one + other]
-    assert shares[0] == shares[2] == {"source/law": 2 / 3, "source/web": 1 / 3}
-    assert shares[1] == {"source/law": 0.0, "source/web": 0.0}, "a report starts again"
+    # tokens: rows of 7 and 1, and one of 7
+    expected = {"source/law": 2 / 3, "source/web": 1 / 3, "source/law/tokens": 8 / 15, "source/web/tokens": 7 / 15}
+    assert shares[0] == shares[2] == pytest.approx(expected)
+    assert shares[1] == dict.fromkeys(expected, 0.0), "a report starts again"
 
 
 def test_bad_shards_are_counted_in_all_and_by_reason() -> None:
@@ -86,17 +119,43 @@ def test_bad_shards_are_counted_in_all_and_by_reason() -> None:
 
 def test_nothing_seen_is_not_a_division_by_zero() -> None:
     [got] = on_ranks(1, report_nothing)
-    assert all(math.isnan(got[name]) for name in ("loss", "packing", "perplexity"))
+    assert all(math.isnan(got[name]) for name in METRICS)
 
 
 def report_nothing() -> dict[str, float]:
     with world.join(60) as here:
-        return Meter(here, 1.0).report()
+        return Meter(here, 1.0).report(PARTS)
 
 
-def test_the_cpu_peak_is_measured() -> None:
-    assert 1e8 < measured_peak_flops(torch.device("cpu"), size=256) < 1e14
-    assert peak_flops(torch.device("cpu")) > 1e8
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_cpu_peak_is_that_of_a_ranks_threads(threads: int) -> None:
+    """Against another product, far larger, with as many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        measured, matrix, seconds = peak_flops(torch.device("cpu")), torch.randn(2048, 2048), math.inf
+        for _ in range(5):
+            started = time.perf_counter()
+            matrix @ matrix
+            seconds = min(seconds, time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+    assert measured == pytest.approx(2 * 2048**3 / seconds, rel=0.6)
+
+
+def held_by_each() -> tuple[float, int]:
+    with world.join(60) as here:
+        held = torch.ones(here.rank * 2**27)  # 512 MiB on rank 1
+        meter = Meter(here, 1.0)
+        told = meter.report(PARTS)["memory_gib"]
+        del held
+        return told, peak_memory(here.device)
+
+
+def test_the_memory_is_that_of_the_rank_that_took_most() -> None:
+    (one, small), (other, large) = on_ranks(2, held_by_each)
+    assert one == other and large - small > 0.7 * 2**29
+    assert one * 2**30 == pytest.approx(large, rel=0.1) and one * 2**30 > small + 0.6 * 2**29
 
 
 def test_a_loss_that_stands_out_is_told_and_the_rest_is_not() -> None:

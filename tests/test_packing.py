@@ -34,13 +34,14 @@ class Result(NamedTuple):
     segments: np.ndarray
     tokens: np.ndarray
     openings: np.ndarray
+    opened: np.ndarray
 
 
 def written(tokens: np.ndarray, lengths: np.ndarray, row_tokens: int, mode: str, key: tuple[int, ...]) -> Result:
     planned = pack(tokens, lengths, row_tokens, mode, key)
     rows = len(planned)
     ids, segments = lay_out([Stretch(planned, slice(0, rows), np.arange(rows))], row_tokens, VOCAB)
-    return Result(ids, segments, planned.tokens, planned.openings)
+    return Result(ids, segments, planned.tokens, planned.openings, planned.opened)
 
 
 def packed(lengths: list[int], row_tokens: int, mode: str = "best_fit", key: tuple[int, ...] = (1,)) -> Result:
@@ -82,7 +83,13 @@ def test_every_piece_stands_once_in_some_row(lengths, row_tokens, mode, key):
     assert sorted(pieces_of(result)) == expected_pieces(lengths, row_tokens - 2)
     assert result.ids.shape == result.segments.shape == (len(result.tokens), row_tokens)
     assert (result.tokens == (result.segments > 0).sum(axis=1)).all()
-    assert result.openings.sum() == sum(length > 0 for length in lengths)
+    firsts, starts = {}, np.cumsum([0, *lengths]) + FIRST_TOKEN  # length of each document by its first token
+    for start, length in zip(starts.tolist(), lengths, strict=False):
+        firsts |= {start: length} if length else {}
+    begun = [[firsts[token] for token in row if token in firsts] for row in result.ids.tolist()]
+    assert result.openings.tolist() == [len(row) for row in begun]
+    assert result.opened.tolist() == [sum(row) for row in begun]
+    assert result.openings.sum() == len(firsts) and result.opened.sum() == sum(lengths)
 
 
 @settings(deadline=None, max_examples=100)

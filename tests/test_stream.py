@@ -19,20 +19,18 @@ import torch
 from tokenizers import Tokenizer, models
 
 from mlm_dist import lanes
+from mlm_dist.cursor import Cursor, merge_cursors, upgraded
 from mlm_dist.manifest import Manifest, ShardError, load_manifest
 from mlm_dist.schema import ConfigError
 from mlm_dist.shards import Record, write_split
 from mlm_dist.stream import (
     Batch,
     BatchConfig,
-    Cursor,
     DataConfig,
     TrainBatches,
     accumulation,
     held_out_batches,
-    merge_cursors,
     train_batches,
-    upgraded,
 )
 from mlm_dist.vocab import Vocab
 
@@ -314,7 +312,8 @@ def test_a_batch_states_its_facts(tmp_path):
     assert (batch.row_keys.dtype, batch.sources.dtype) == (torch.int64, torch.int16)
     assert batch.ids.shape == batch.segments.shape == (4, ROW_TOKENS)
     assert batch.tokens == int((batch.segments > 0).sum()) == 3 + 40 + 4 * 2
-    assert batch.documents == 2
+    assert (batch.text, batch.documents, batch.opened) == (3 + 40, 2, 3 + 40)
+    assert batch.row_tokens.dtype == torch.int32 and torch.equal(batch.row_tokens, (batch.segments > 0).sum(1))
     special = torch.isin(batch.ids, torch.tensor(VOCAB.special_ids, dtype=torch.int32))
     assert torch.equal(batch.maskable, (~special).sum(1, dtype=torch.int32))
     assert int(batch.maskable.sum()) == 2 + 40

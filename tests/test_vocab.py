@@ -251,3 +251,48 @@ def test_words_of_word_piece_and_sentence_piece(tmp_path: Path) -> None:
         "x": False,
         ".": True,
     }
+
+
+# ---- bytes
+
+
+def sentence_piece() -> Vocab:
+    """A unigram tokenizer with SentencePiece's space, and bytes for what it doesn't know."""
+    pieces = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "▁the", "▁fox", "▁na", "ï", "ve", "s", "\n"]
+    model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=1, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(pieces[:5])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return vocab.vocab_of(tokenizer, {}, "here")
+
+
+def counted(known: Vocab, text: str) -> int:
+    (ids,) = known.encode_batch([text])
+    return int(known.token_bytes()[ids].sum())
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_the_bytes_of_byte_level_tokens_add_up_to_the_text(text: str) -> None:
+    assert counted(survivor(), text) == len(text.encode())
+
+
+def test_the_bytes_of_wordpiece_add_up_to_the_text_without_white_space(tmp_path: Path) -> None:
+    known = vocab.load(word_piece(tmp_path / "bert"))
+    assert counted(known, "The fox  jumps.\n[the] jumping") == len("thefoxjumps.[the]jumping")
+    table = {known.tokenizer.id_to_token(i): count for i, count in enumerate(known.token_bytes().tolist())}
+    assert (table["##ing"], table["the"], table["[MASK]"], table["[UNK]"]) == (3, 3, 0, 0)
+
+
+def test_the_bytes_of_sentencepiece_add_up_to_the_text_and_a_space() -> None:
+    for text in ("the fox", "the naïve foxs\n", "the 東 fox"):
+        assert counted(sentence_piece(), text) == len(f" {text}".encode()), text
+
+
+def test_added_tokens_count_as_they_are_written(tmp_path: Path) -> None:
+    known = vocab.load(roberta(tmp_path / "roberta"))
+    known.tokenizer.add_tokens(["東京"])
+    known = vocab.vocab_of(known.tokenizer, {}, "here")
+    assert counted(known, "a東京 b") == len("a東京 b".encode())
