@@ -15,6 +15,7 @@ from mlm_dist.history import Series
 WIDTH, HEIGHT = 2000, 1000
 DOTTED_UP_TO = 60  # points: a curve of so few has a dot at each
 LOG_FROM = 10.0  # times the lowest value: what counts as far apart
+LEAST_OF_LOG = 1e-100  # below it there is no room in a float
 LEAST_SPAN = 0.04  # of the highest value: so that what hardly moves doesn't look wild
 LETTERS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k"))
 UNITS = {"share": " %", "seconds": " s", "megabytes": " MB", "gigabytes": " GB"}
@@ -104,7 +105,7 @@ def scale_for(values: Iterable[float], log: bool) -> Scale:
     """A scale with all finite values in it, and a little room around them. log: where they lie far apart."""
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
-    if log and low > 0 and high / low >= LOG_FROM:
+    if log and low >= LEAST_OF_LOG and high / low >= LOG_FROM:
         room = (high / low) ** 0.04
         return Scale(low / room, high * room, log=True)
     span = max(high - low, LEAST_SPAN * max(abs(low), abs(high)), 1e-12)
