@@ -25,7 +25,7 @@ from mlm_dist.redaction import redact, redact_text
 from mlm_dist.schema import setting
 
 MOST_WAITING = 10_000  # tasks for W&B; with one that never answers, what comes after them is dropped
-INIT_SECONDS, FINISH_SECONDS = 60, 60.0
+INIT_SECONDS = 60
 
 # W&B's files are logs of LevelDB's format (its log_format.md), behind a header of their own.
 FILE_HEADER, BLOCK, CHUNK_HEADER = 7, 32768, struct.Struct("<IHB")

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from mlm_dist.alerts import Alerts, Level, Slowdown
 from mlm_dist.logs import said
 from mlm_dist.metrics import Spikes
-from mlm_dist.mirror import FINISH_SECONDS, LogConfig, Mirror, wandb_mode
+from mlm_dist.mirror import LogConfig, Mirror, wandb_mode
 
 
 class Tracker:
@@ -85,7 +85,7 @@ class Tracker:
             self.line_open = False
             said.info(text)
 
-    def finish(self, exit_code: int, seconds: float = FINISH_SECONDS) -> None:
+    def finish(self, exit_code: int, seconds: float = 60.0) -> None:
         """Close the log; W&B records the exit code, and is waited for, so long at most."""
         if self.metrics is not None:
             self.metrics.close()

@@ -35,7 +35,7 @@ from mlm_dist.world import EXIT_CONFIG_ERROR, EXIT_HANG, EXIT_NON_FINITE, EXIT_S
 STEPS_TO_MEASURE = 20
 
 COLLECTIVE_MARGIN_SECONDS = 120.0
-SECONDS_FOR_LAST_WORDS = 5.0
+SECONDS_TO_SEND, SECONDS_FOR_LAST_WORDS = 60.0, 10.0  # how long the end of a run waits for W&B
 
 # What ends a run with one sentence and exit code 2.
 REFUSALS = (ConfigError, ShardError, CheckpointError)
@@ -98,7 +98,7 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
             raise
         finally:
             tell(run, {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed"), exit_code)
-            run.tracker.finish(exit_code)
+            run.tracker.finish(exit_code, SECONDS_TO_SEND if exit_code == 0 else SECONDS_FOR_LAST_WORDS)
             if here.is_main:
                 write_at_end(folder, run.tracker.say)
         here.barrier()  # launchers end the ranks that are left when the first one exits with a code

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import environment, metrics, pretrain, start_pretrain, wait_for
+from launching import environment, metrics, pretrain, run, start_pretrain, wait_for
 
 from mlm_dist import checkpoint, mirror
 from mlm_dist.mirror import run_id
@@ -75,6 +75,12 @@ def test_a_run_that_is_killed_three_times_is_one_run_with_every_step(toy: Path, 
     for line in lines(folder):
         row = standing[line["time"]]
         assert all(row[name] == value for name, value in line.items() if value is not None)
+
+    exported = run("launch/export.py", "--run", str(folder), "--out", str(tmp_path / "model"), "--wandb")
+    assert exported.returncode == 0, exported.stdout
+    newest_file = max(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    inspect = ["-m", "wandb", "leet", "inspect", "--json", str(newest_file)]
+    assert f"{run_id(folder)}-model" in run(*inspect).stdout
 
 
 def checkpoint_step(name: str) -> int:
