@@ -230,10 +230,47 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     with refusing_foreign_objects(checkpoint):
         if json.loads((checkpoint / "manifest.json").read_text())["zero_stage"] == 0:
             saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
-            return {name: value.float() if value.is_floating_point() else value for name, value in saved.items()}
+            return in_fp32(saved)
+        shards = sorted(folder.glob("bf16_zero_pp_rank_*_optim_states.pt"), key=rank_of)
+        if shards and not has_zero_stage(shards[0]):
+            return weights_in_slices(folder / "mp_rank_00_model_states.pt", shards)
         # it reports its progress to both
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG))
+
+
+def in_fp32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def rank_of(shard: Path) -> int:
+    """The rank whose optimizer state a file holds."""
+    return int(shard.name.partition("_rank_")[2].partition("_")[0])
+
+
+def has_zero_stage(shard: Path) -> bool:
+    """Whether DeepSpeed's own reader knows what a file is.
+
+    Of what bf16 saves at stage 1 it says "not a zero checkpoint", since BF16_Optimizer.state_dict() leaves `zero_stage`
+    out (0.19.8).
+    """
+    return "zero_stage" in torch.load(shard, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"]
+
+
+def weights_in_slices(model: Path, shards: list[Path]) -> dict[str, torch.Tensor]:
+    """All weights in fp32, put together from the ranks' slices of the master weights, by the names of the slices."""
+    saved = torch.load(model, map_location="cpu", weights_only=True)
+    slices: dict[str, list[torch.Tensor]] = {}
+    for shard in shards:
+        state = torch.load(shard, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"]
+        groups = zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True)
+        for flat, places in groups:
+            for name, place in places.items():
+                slices.setdefault(name, []).append(flat.narrow(0, place.start, place.numel))
+    shapes = {name: shape for group in saved["param_shapes"] for name, shape in group.items()}
+    weights = {name: torch.cat(slices[name]).view(shape) for name, shape in shapes.items()}
+    weights |= {name: weights[other] for name, other in saved["shared_params"].items()}
+    return weights | in_fp32({name: saved["module"][name] for name in saved["buffer_names"]})
 
 
 @contextmanager

@@ -140,9 +140,9 @@ def resolve_precision(config: EngineConfig, device: torch.device) -> str:
         precision = "bf16" if device.type == "cuda" else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("engine.precision=fp16 needs a GPU; set engine.precision=auto, which is fp32 on a CPU")
-    if config.zero_stage == 0 and precision == "bf16":
+    if config.zero_stage == 0 and precision != "fp32":
         raise ConfigError(
-            "engine.zero_stage=0 with bf16 can't add gradients up in fp32 under DeepSpeed; "
+            f"engine.zero_stage=0 with {precision} can't add gradients up in fp32 under DeepSpeed; "
             "set engine.zero_stage=1 (as fast, less memory) or engine.precision=fp32"
         )
     if config.zero_stage == 0 and config.offload_optimizer:
@@ -245,6 +245,7 @@ class Engine:
         # DeepSpeed averages gradients over ranks: times the world's size, their sum remains
         scale = self.world.size / max(targets, 1)
         total: StepSums | None = None
+        backs_off = self._backs_off()
         self.deepspeed.train()
         for micro_step, batch in enumerate(batches):
             torch.manual_seed(masking.dropout_seed(self.seed, self.world.rank, step, micro_step))
@@ -258,8 +259,7 @@ class Engine:
             total = detached if total is None else total + detached
         assert total is not None
         skipped = self._skipped()
-        # a scale that fp16 backs off from is looked for in this way: nothing is wrong
-        self.skips = self.skips.after(skipped, counts=self.precision != "fp16")
+        self.skips = self.skips.after(skipped, counts=not backs_off)
         return total.unless(skipped)
 
     def eval_step(self, batch: Batch, rate: float, seed: int) -> dict[str, torch.Tensor]:
@@ -317,6 +317,19 @@ class Engine:
     def _skipped(self) -> torch.Tensor | bool:
         """Whether the last step was not applied, on any rank, since a gradient was not finite."""
         return ~self.norm.isfinite() if self.norm is not None else not self.deepspeed.was_step_applied()
+
+    def _backs_off(self) -> bool:
+        """Whether a step that is skipped will lower fp16's loss scale: the right one is found that way, it is no fault.
+
+        Where the scale is fixed or at its minimum, a skip counts like any other. For the minimum DeepSpeed 0.19.8 has
+        an exception of its own ("Current loss scale already at minimum", DynamicLossScaler.update_scale), turned off
+        here at every step, since the scaler that a checkpoint brings may have it turned on.
+        """
+        if self.precision != "fp16" or not self.deepspeed.dynamic_loss_scale():
+            return False
+        scaler = self.deepspeed.optimizer.loss_scaler
+        scaler.raise_error_at_min_scale = False
+        return scaler.cur_scale > scaler.min_scale
 
     def _row_keys(self, batch: Batch, step: int, micro_step: int) -> torch.Tensor:
         if self.seed_by == "sample":

@@ -1,10 +1,12 @@
-"""The loader's benchmark runs and says what it should; the figures are another matter."""
+"""Benchmarks run and say what they should; the figures are another matter."""
 
 import json
 import random
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,3 +36,18 @@ def test_the_loader_benchmark_measures_all_it_promises(tmp_path: Path) -> None:
     assert all(len(line["rss_anon_mb"]) == 2 for line in of("memory"))
     assert {line["row_tokens"] for line in of("packing")} == {128, 512, 1024}
     assert all(0.5 < line["efficiency"] <= 1 for line in of("packing"))
+
+
+@pytest.mark.slow
+def test_the_checkpoint_benchmark_measures_both_kinds_of_save(tmp_path: Path) -> None:
+    options = ["--launches", 1, "--saves", 2, "--every-steps", 4, "--layers", 1, "--width", 64, "--scratch", tmp_path]
+    command = [sys.executable, ROOT / "benchmarks" / "checkpoint.py", *options]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["background"], line["saves"]) for line in lines] == [(True, 2), (False, 2)]
+    for line in lines:
+        assert 0 < line["stall_seconds"] <= line["complete_after_seconds"] and line["megabytes"] > 1
+        assert line["step_seconds"] > 0
+    assert lines[1]["stall_seconds"] == lines[1]["complete_after_seconds"] and lines[1]["steps_beside_a_write"] == 0
+    assert list(tmp_path.iterdir()) == []

@@ -134,6 +134,8 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(toy: Path, expect
 def test_what_deepspeed_cannot_do_is_refused() -> None:
     with pytest.raises(ConfigError, match="zero_stage=0 with bf16"):
         resolve_precision(EngineConfig(zero_stage=0, precision="bf16"), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="zero_stage=0 with fp16"):
+        resolve_precision(EngineConfig(zero_stage=0, precision="fp16"), torch.device("cuda"))
     with pytest.raises(ConfigError, match="offload_optimizer needs"):
         resolve_precision(EngineConfig(zero_stage=0, offload_optimizer=True), torch.device("cpu"))
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
