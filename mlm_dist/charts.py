@@ -277,7 +277,7 @@ def chart(panel: Panel, curves: Sequence[Curve], spans: Sequence[Span], marks: S
 
 
 def data_of(curves: Sequence[Curve], spans: Sequence[Span], unit: str) -> str:
-    """What the script needs to tell the values under the cursor."""
+    """What the script needs to tell the values under the cursor: numbers, and no text of a file."""
     content = {
         "unit": unit,
         "spans": {span.axis: [span.first, span.last] for span in spans},
@@ -290,5 +290,4 @@ def data_of(curves: Sequence[Curve], spans: Sequence[Span], unit: str) -> str:
             for curve in curves
         ],
     }
-    # "<" would end the element that holds it
-    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(content, separators=(",", ":"))

@@ -296,8 +296,12 @@ def test_predictions_and_alerts_are_shown_where_they_are(tmp_path: Path) -> None
 def hostile_run(folder: Path) -> Path:
     """Every text that a page takes from files, as bad as it can be."""
     texts = {"level": HOSTILE, "title": HOSTILE_IMAGE, "text": HOSTILE_IMAGE}
-    lines = [training(step, **{HOSTILE: step / 3, HOSTILE_IMAGE: step / 2, "</script>": step}) for step in range(1, 30)]
-    make_run(folder, lines, config=json.dumps({HOSTILE: {HOSTILE_IMAGE: "</pre>" + HOSTILE}}))
+    names = {HOSTILE_IMAGE: 0.5, "</script>": 2.5, f"{HOSTILE}still": 0}  # what it is multiplied with
+    lines = [training(step, **{name: step * by for name, by in names.items()}) for step in range(1, 30)]
+    lines[3][HOSTILE] = lines[5][HOSTILE] = None
+    lines[4][HOSTILE] = 1.0
+    config = {HOSTILE: {HOSTILE_IMAGE: "</pre>" + HOSTILE, "of": f"{folder.name}{HOSTILE}"}}
+    make_run(folder, lines, config=json.dumps(config))
     (folder / "status.json").write_text(json.dumps({"status": HOSTILE_IMAGE, "exit_code": 1}))
     environment = {"command": [HOSTILE, HOSTILE_IMAGE], HOSTILE: HOSTILE_IMAGE, "ranks": 1, "device": HOSTILE_IMAGE}
     (folder / "environment.json").write_text(json.dumps(environment))
@@ -311,7 +315,9 @@ def hostile_run(folder: Path) -> Path:
 def test_text_of_files_is_inert(tmp_path: Path) -> None:
     folders = [hostile_run(tmp_path / HOSTILE), hostile_run(tmp_path / HOSTILE_IMAGE)]
     for given_folders in (folders[:1], folders):
-        page = Page(written(*given_folders))
+        text = written(*given_folders)
+        assert text.count("<script") == text.count("<figure") + 1 == text.count("</script>")
+        page = Page(text)
         scripts = [attributes for tag, attributes in page.tags if tag == "script"]
         assert scripts.pop() == {} and all(script == {"type": "application/json"} for script in scripts)
         assert not {"img", "iframe", "object", "link"} & {tag for tag, _ in page.tags}
