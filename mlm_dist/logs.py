@@ -13,7 +13,7 @@ from mlm_dist.redaction import REDACTED
 
 SHORTEST_SECRET = 6  # characters: shorter ones stand in ordinary text as well
 
-LIBRARIES = ("DeepSpeed", "torch", "transformers", "wandb")  # loggers that are set up by themselves, some of them
+LIBRARIES = ("DeepSpeed", "torch", "transformers", "wandb")  # loggers; of the first one's words all are kept
 
 # What a run says on the console, which comes to the file as well.
 said = logging.getLogger("mlm_dist.said")
@@ -47,7 +47,7 @@ def logs(folder: Path, rank: int, verbose: bool, secrets: Collection[str]) -> It
     root, libraries = logging.getLogger(), [logging.getLogger(name) for name in LIBRARIES]
     for handler in (console, *(handler for library in libraries for handler in library.handlers)):
         handler.setLevel(logging.INFO if verbose else logging.WARNING)
-    for logger in (root, said, *libraries):
+    for logger in (root, said, *libraries) if verbose else (said, libraries[0]):
         logger.setLevel(logging.INFO)
     root.addHandler(console)
     listening = [logger for logger in (root, said, *libraries) if logger is root or not logger.propagate]
