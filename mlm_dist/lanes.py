@@ -206,16 +206,17 @@ class BadShards:
         """Count a shard; raises the error where the budget is spent, or nothing is left of a source to go on with."""
         if not error.of_the_shard:
             raise error
-        self.reasons.setdefault(label, error.reason)
+        reasons = {label: error.reason} | self.reasons
         source = source_of(label)
-        lost = sum(source_of(other) == source for other in self.reasons)
-        if len(self.reasons) > self.most:
+        lost = sum(source_of(other) == source for other in reasons)
+        if len(reasons) > self.most:
             raise error
         if lost >= self.shards[source]:
             of_it = f" of source {source}" if source else ""
             raise ShardError(
                 f"{error.args[0]}: {error.args[1]}, and no other shard{of_it} is left: put the shards right"
             )
+        self.reasons = reasons
 
 
 def source_of(label: str) -> str:
@@ -242,7 +243,7 @@ class Reader:
         return f"{self.name}{self.name and '/'}{self.manifest.shards[shard].name}"
 
     def read(self, window: Window, *key: int) -> WindowRows:
-        """The window's documents as rows, their order a function of the key; `key` and `after` are left to the caller.
+        """The window's documents as rows, their order a function of the key; KEY and AFTER are left to the caller.
 
         Raises ShardError where the shard is damaged, missing or holds ids that the tokenizer doesn't have.
         """

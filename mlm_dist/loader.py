@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from mlm_dist.lanes import Rows
+from mlm_dist.lanes import Planned, Rows
 from mlm_dist.manifest import ShardError
 from mlm_dist.mixture import LaneTaps, Mixture, places_in
 
@@ -49,22 +49,44 @@ class LaneBlocks(IterableDataset):
         for lane in self.lanes:
             mixture.announce(self.seed, lane, len(starts), places[lane])
         lanes = [mixture.lane(self.seed, lane, len(starts), places[lane], self.bad) for lane in self.lanes]
-        most = min(MOST_ROUNDS, BLOCK_POSITIONS // (mixture.readers[0].seq_len * len(lanes)))
-        rounds = 1
-        try:
-            for first in range(0, len(lanes), self.first_rows):
-                yield self.block(lanes[first : first + self.first_rows], 1)
-            while True:
-                rounds = max(1, min(2 * rounds, most))
-                yield self.block(lanes, rounds)
-        except ShardError as error:
-            yield error  # as a value: raised here, it would reach the parent as a traceback in another error's text
+        for group, rounds in self.groups(lanes):
+            planned, error = plan(group, rounds)
+            if planned:
+                yield mixture.write_out(planned), dict(self.bad.reasons)
+            if error:
+                yield error  # as a value: raised, it would reach the parent as a traceback in another error's text
+                return
 
-    def block(self, lanes: list[LaneTaps], rounds: int) -> tuple[Rows, dict[str, str]]:
-        """So many rows of each lane, in turn, and the bad shards so far."""
-        numbers = np.arange(rounds * len(lanes))
-        planned = [part for place, lane in enumerate(lanes) for part in lane.take(numbers[place :: len(lanes)])]
-        return self.mixture.write_out(planned), dict(self.bad.reasons)
+    def groups(self, lanes: list[LaneTaps]) -> Iterator[tuple[list[LaneTaps], int]]:
+        """The lanes of each block and the rows that it takes of each, endlessly."""
+        for first in range(0, len(lanes), self.first_rows):
+            yield lanes[first : first + self.first_rows], 1
+        most = max(1, min(MOST_ROUNDS, BLOCK_POSITIONS // (self.mixture.readers[0].seq_len * len(lanes))))
+        rounds = 1
+        while True:
+            rounds = min(2 * rounds, most)
+            yield lanes, rounds
+
+
+def plan(lanes: list[LaneTaps], rounds: int) -> tuple[list[Planned], ShardError | None]:
+    """So many rows of each lane, in turn; where a lane fails, those that come before its first missing row."""
+    numbers = np.arange(rounds * len(lanes))
+    is_planned = np.zeros(len(numbers), bool)
+    planned: list[Planned] = []
+    errors: dict[int, ShardError] = {}
+    for place, lane in enumerate(lanes):
+        try:
+            for part in lane.take(numbers[place :: len(lanes)]):
+                planned.append(part)
+                is_planned[part.to] = True
+        except ShardError as error:
+            errors[place] = error
+    if not errors:
+        return planned, None
+    first = int(np.argmin(is_planned))
+    cut = [(part, int(np.searchsorted(part.to, first))) for part in planned]
+    before = [Planned(p.window, slice(p.rows.start, p.rows.start + count), p.to[:count]) for p, count in cut if count]
+    return before, errors[first % len(lanes)]
 
 
 def shield(worker: int) -> None:

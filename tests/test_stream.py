@@ -751,3 +751,17 @@ def test_held_out_rows_do_not_forgive_a_bad_shard(own_manifest):
     name = damage(own_manifest, 2, flip_payload)
     with pytest.raises(ShardError, match=name):
         held_out(own_manifest, 1, max_bad_shards=5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_shard_ends_a_run_when_its_rows_are_due_and_no_sooner(own_manifest, workers):
+    """Blocks are planned ahead of the rows that are wanted: what stands before the bad one is delivered."""
+    with open_rank(own_manifest, 0, 1, 1) as batches:
+        whole = [rows_of(next(batches)) for _ in range(200)]
+    damage(own_manifest, 3, truncate)
+    with open_rank(own_manifest, 0, 1, 1, max_bad_shards=1) as batches:
+        due = next(row for row, batch in enumerate(batches) if rows_of(batch) != whole[row])
+    delivered = []
+    with open_rank(own_manifest, 0, 1, 1, workers=workers) as batches, pytest.raises(ShardError):
+        delivered.extend(map(rows_of, batches))
+    assert 0 < due < 200 and delivered == whole[:due]
