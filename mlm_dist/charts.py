@@ -13,12 +13,12 @@ from html import escape
 from mlm_dist.history import Series
 
 WIDTH, HEIGHT = 2000, 1000
-DOTTED_UP_TO = 60  # points: a curve of so few has a dot at each
+DOTTED_UP_TO = 30  # points: a curve of so few has a dot at each
 LOG_FROM = 10.0  # times the lowest value: what counts as far apart
 LEAST_OF_LOG = 1e-100  # below it there is no room in a float
 LEAST_SPAN = 0.04  # of the highest value: so that what hardly moves doesn't look wild
 LETTERS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k"))
-UNITS = {"share": " %", "seconds": " s", "megabytes": " MB", "gigabytes": " GB"}
+UNITS = {"share": " %", "seconds": " s", "megabytes": " MB", "gibibytes": " GiB"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Panel:
         """What a metric is called in this chart; None where it isn't in it."""
         for pattern, label in self.metrics.items():
             if fnmatchcase(name, pattern):
-                return label.replace("*", name[len(pattern.split("*")[0]) :])
+                before, _, after = pattern.partition("*")
+                return label.replace("*", name[len(before) : len(name) - len(after)])
         return None
 
 
@@ -139,7 +140,9 @@ def show(value: float | None, unit: str = "") -> str:
         return "-"
     if unit == "share":
         return f"{100 * value:.4g} %"
-    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.5g}"
+    if unit == "seconds" and 0 < abs(value) < 0.1:
+        return f"{1000 * value:.4g} ms"
+    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.5g}".replace("e-0", "e-")
     return text + UNITS.get(unit, "")
 
 
@@ -150,7 +153,10 @@ def label_ticks(ticks: Sequence[float], unit: str = "") -> list[str]:
     largest = max(map(abs, ticks), default=0.0)
     size, letter = next(((size, letter) for size, letter in LETTERS if largest >= size), (1.0, ""))
     size = 1e3 if letter == " k" else size
-    return [(f"{tick / size:,.6g}" if tick else "0") + (letter if tick else "") + UNITS.get(unit, "") for tick in ticks]
+    return [
+        (f"{tick / size:,.6g}".replace("e-0", "e-") if tick else "0") + (letter if tick else "") + UNITS.get(unit, "")
+        for tick in ticks
+    ]
 
 
 # ---- curves

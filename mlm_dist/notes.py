@@ -21,6 +21,7 @@ SENTENCES_AT_MOST = 40
 STEPS_AT_MOST = 4  # of one run's guesses beside each other
 GUESSES_AT_MOST = 5
 MASK = "[MASK]"
+ALWAYS_FINITE = {"loss", "valid/loss", "grad_norm"}  # in a sound run; others may have had nothing to measure
 
 EXITS = {
     EXIT_CONFIG_ERROR: "refused: configuration, input or a checkpoint",
@@ -172,8 +173,8 @@ def warnings_of(history: History) -> list[str]:
     status, means = state_of(history)
     if status == "failed":
         texts.append(f"the run failed{f': {means}' if means else ''}")
-    for name, series in history.series.items():
-        steps = series.not_finite()
+    for name in sorted(ALWAYS_FINITE & history.series.keys()):
+        steps = history.series[name].not_finite()
         if steps:
             places = f"step {steps[0]:,}" if len(steps) == 1 else f"{len(steps):,} steps, the first {steps[0]:,}"
             texts.append(f"{name} was not finite at {places}")

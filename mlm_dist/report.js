@@ -1,14 +1,16 @@
 // The values under the cursor, in all charts at once. The page is whole without this.
 "use strict";
 (() => {
-  const UNITS = { seconds: " s", megabytes: " MB", gigabytes: " GB" };
+  const UNITS = { seconds: " s", megabytes: " MB", gibibytes: " GiB" };
 
   const show = (value, unit) => {
     if (value === undefined) return "-";
     if (value === null) return "not finite";
     if (unit === "share") return `${Number((100 * value).toPrecision(4))} %`;
-    const text = Math.abs(value) >= 1000 && Math.abs(value) < 1e15
-      ? Math.round(value).toLocaleString("en")
+    if (unit === "seconds" && value && Math.abs(value) < 0.1) return `${Number((1000 * value).toPrecision(4))} ms`;
+    const size = Math.abs(value);
+    const text = size >= 1000 && size < 1e15 ? Math.round(value).toLocaleString("en")
+      : size && size < 1e-4 ? value.toExponential(4).replace(/\.?0*e/, "e")
       : String(Number(value.toPrecision(5)));
     return text + (UNITS[unit] || "");
   };

@@ -26,7 +26,7 @@ HOSTILE_IMAGE = "\"'><img src=x onerror=window.hacked=1>"
 def training(step: int, **numbers: Any) -> dict[str, Any]:
     """A line of metrics as a run logs it."""
     usual = {
-        "loss": 8 - step / 100, "perplexity": 2000.0 - step, "accuracy": 0.1, "lr": step * 1e-5,
+        "loss": 8 - step / 100, "perplexity": 2000.0 - step, "accuracy": 0.1, "lr": step * 1.2345e-7,
         "grad_norm": 1 + step % 7, "tokens_per_second": 5000.0 + step, "mfu": 0.25 + step / 1e4, "step_seconds": 2.0,
         "data_wait": 0.01 + step / 1e5, "packing": 0.98 + step / 1e5, "skipped_steps": 0,
         "mask_rate": 0.3, "by_mask": 0.8, "by_random": 0.1, "kept": 0.1,
@@ -99,7 +99,7 @@ def test_the_numbers_are_those_of_metrics_jsonl(tmp_path: Path) -> None:
     assert training_curve["tokens"] == [2048 * step for step in range(10, 101, 10)]
     assert training_curve["values"] == pytest.approx([8 - step / 100 for step in range(10, 101, 10)], rel=1e-5)
     assert (held_out_curve["steps"], held_out_curve["values"]) == ([50, 100], [7.6, 7.1])
-    assert page.charts["Learning rate"]["curves"][0]["values"][-1] == pytest.approx(1e-3)
+    assert page.charts["Learning rate"]["curves"][0]["values"][-1] == pytest.approx(1.2345e-5)
     assert page.charts["FLOPs utilisation"]["curves"][0]["values"][0] == pytest.approx(0.251)
 
 
@@ -128,11 +128,15 @@ def test_every_metric_stands_in_one_chart(names: list[str]) -> None:
 
 
 def test_metrics_that_no_chart_knows_come_last(tmp_path: Path) -> None:
-    lines = [training(step, **{"new/thing": step / 3, "source/law": 0.5 + step / 1e3}) for step in range(1, 30)]
+    lines = [
+        training(step, **{"new/thing": step / 3, "source/law/tokens": 0.5 + step / 1e3, "source/law": step})
+        for step in range(1, 30)
+    ]
     text = written(make_run(tmp_path / "mine", lines))
     page = Page(text)
     assert page.charts["new/thing"]["curves"][0]["values"][2] == 1.0
-    assert text.index("<h2>Other numbers") < text.index("<h3>new/thing") and "Sources" in page.charts
+    assert text.index("<h2>Other numbers") < text.index("<h3>new/thing")
+    assert "<span>law</span>" in page.figures["Tokens by source"] and "Rows by source" in page.charts
 
 
 def test_what_is_not_finite_is_a_gap_and_marked(tmp_path: Path) -> None:
@@ -357,6 +361,23 @@ def test_a_scale_holds_its_values_and_its_ticks(values: list[float], log: bool) 
 
 
 @pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [
+        (None, "", "-"),
+        (5.998244, "", "5.9982"),
+        (3e-5, "", "3e-5"),
+        (12345.6, "", "12,346"),
+        (0.12345678, "share", "12.35 %"),
+        (0.00026187, "seconds", "0.2619 ms"),
+        (2.5, "seconds", "2.5 s"),
+        (0, "seconds", "0 s"),
+    ],
+)
+def test_values_have_as_many_digits_as_one_reads(value: float | None, unit: str, shown: str) -> None:
+    assert charts.show(value, unit) == shown
+
+
+@pytest.mark.parametrize(
     ("ticks", "unit", "labels"),
     [
         ([0, 500, 1000], "", ["0", "500", "1,000"]),
@@ -441,6 +462,7 @@ LOOK = """
   plot.dispatchEvent(new view.PointerEvent("pointerleave", at(0.5)));
   found.after = text(".legend b");
   plot.dispatchEvent(new view.KeyboardEvent("keydown", { key: "End" }));
+  found.end = text(".legend b");
   plot.dispatchEvent(new view.KeyboardEvent("keydown", { key: "ArrowLeft" }));
   found.typed = page.querySelector(".at").textContent;
   found.axes = [".by-steps", ".by-tokens"].map((name) => shown(page.querySelector("svg " + name + " .curve")));
@@ -471,6 +493,7 @@ def test_a_browser_shows_it(tmp_path: Path, width: int, runs: int) -> None:
     assert found["at"][0] == "step 50, 102,400 tokens" and found["before"] == found["after"]
     expected = {1: ["7.5", "7.6"], 2: ["7.5", "7.5", "7.6", "7.6"]}[runs]
     assert found["pointed"][: 2 * runs] == expected and found["before"][: 2 * runs] != expected
+    assert found["end"] == found["before"], "the script writes values as the page does"
     assert found["typed"] == "step 90, 184,320 tokens"
     assert found["axes"] == [True, False] and found["toggled"] == [False, True]
     assert found["atTokens"] in ("step 20, 40,960 tokens", "step 30, 61,440 tokens")
