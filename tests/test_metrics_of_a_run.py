@@ -14,7 +14,7 @@ from conftest import toy_documents
 from launching import ROOT, metrics, overridden
 from ranks import on_ranks
 
-from mlm_dist import config, masking, models, optim, train, vocab, world
+from mlm_dist import assembly, config, masking, models, optim, train, vocab, world
 from mlm_dist import metrics as metrics_module
 from mlm_dist.config import RunConfig
 from mlm_dist.engine import Engine
@@ -69,7 +69,7 @@ class Witness:
     def __init__(self, cfg: RunConfig, here: World, tokenizer: Vocab) -> None:
         self.cfg, self.here, self.tokenizer = cfg, here, tokenizer
         transformer = models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing)
-        self.model = train.objective(cfg, transformer, tokenizer)
+        self.model = assembly.objective(cfg, transformer, tokenizer)
         self.flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
         self.steps: list[dict[str, Any]] = []
 
