@@ -45,7 +45,8 @@ class Panel:
         """What a metric is called in this chart; None where it isn't in it."""
         for pattern, label in self.metrics.items():
             if fnmatchcase(name, pattern):
-                return label.replace("*", name[len(pattern.split("*")[0]) :])
+                before, _, behind = pattern.partition("*")
+                return label.replace("*", name[len(before) : len(name) - len(behind)])
         return None
 
 

@@ -130,12 +130,14 @@ PANELS = (
         "Loss", "Loss", {"loss": "training", "valid/loss": "held-out"}, wide=True, late=True,
         note="nats per target",
     ),
-    Panel("Loss", "Held-out loss by source", {"valid/loss/*": "*", "valid/source/*": "*"}, note="nats per target"),
+    Panel("Loss", "Held-out loss by source", {"valid/*/loss": "*"}, note="nats per target"),
     Panel("Loss", "Perplexity", {"perplexity": "training", "valid/perplexity": "held-out"}, log=True),
     Panel(
         "Loss", "Accuracy", {"accuracy": "training", "valid/accuracy": "held-out"}, "share",
         note="of the targets, first guess",
     ),
+    Panel("Loss", "Held-out accuracy by source", {"valid/*/accuracy": "*"}, "share"),
+    Panel("Loss", "Held-out bits per byte", {"valid/bits_per_byte": "in all", "valid/*/bits_per_byte": "*"}),
     Panel("Optimizer", "Learning rate", {"lr": ""}),
     Panel("Optimizer", "Gradient norm", {"grad_norm": "", "grad_norm/*": "*"}, note="before clipping", log=True),
     Panel("Optimizer", "Loss scale", {"loss_scale": ""}, note="fp16", log=True),
@@ -143,12 +145,14 @@ PANELS = (
     Panel("Speed", "Tokens per second", {"tokens_per_second": ""}, note="all ranks, without padding"),
     Panel("Speed", "FLOPs utilisation", {"mfu": ""}, "share", note="of the device's matrix-product peak"),
     Panel(
-        "Speed", "Time of a step", {"step_seconds": "whole step", "time/*": "*", "*_seconds": "*"}, "seconds",
-        note="slowest rank",
+        "Speed", "Time of a step", {"step_seconds": "whole step", "time/*": "*"}, "seconds",
+        note="the parts are means over the ranks",
     ),
     Panel("Speed", "Waiting for data", {"data_wait": ""}, "share", note="of the time, slowest rank"),
     Panel("Speed", "The slowest rank's lag", {"slowest_rank_lag": ""}, "share", note="behind the median, of a step"),
-    Panel("Speed", "Which rank is slowest", {"slowest_rank": ""}, points=True),
+    Panel(
+        "Speed", "Which rank is slowest", {"slowest_rank": "own work", "data_wait_rank": "wait for data"}, points=True,
+    ),
     Panel(
         "Speed", "Saving a checkpoint",
         {"checkpoint/stall_seconds": "training stood still", "checkpoint/seconds": "until complete"}, "seconds",
@@ -160,7 +164,12 @@ PANELS = (
         {"by_mask": "mask token", "by_random": "random token", "kept": "itself"}, "share",
     ),
     Panel("Data", "Packing", {"packing": ""}, "share", note="of the positions hold a token"),
+    Panel("Data", "Tokens of the sources", {"source/*/tokens": "*"}, "share"),
+    Panel("Data", "Epochs", {"epoch": "", "source/*/epoch": "*"}),
     Panel("Data", "Sources", {"source/*": "*"}, "share", note="of the rows"),
+    Panel("Data", "Length of documents", {"document_tokens": ""}, note="tokens, of those that begin"),
+    Panel("Data", "Pieces that go on with a document", {"continued_pieces": ""}, "share"),
+    Panel("Data", "Unknown tokens", {"unknown_tokens": "training", "valid/unknown_tokens": "held-out"}, "share"),
     Panel("Data", "Bad shards", {"bad_shards": "in all", "bad_shards/*": "*"}, note="skipped so far"),
     Panel(
         "Data", "Held-out rows",
@@ -170,5 +179,5 @@ PANELS = (
         }, "share",
     ),
     Panel("Data", "Held-out targets", {"valid/targets": ""}),
-    Panel("Memory", "Memory", {"memory": "", "memory/*": "*", "*memory*": "*", "*_gb": "*"}, "gigabytes"),
+    Panel("Memory", "Memory", {"memory_gb": ""}, "gigabytes", note="the most of any rank"),
 )  # fmt: skip

@@ -237,7 +237,7 @@ def test_tokens_and_speed(ranks: list[dict[str, Any]], folder: Path) -> None:
 def test_times_and_memory(ranks: list[dict[str, Any]], folder: Path) -> None:
     told = {
         name: metrics(folder / "run", name)
-        for name in ("step_seconds", "data_wait", "data_wait_rank", "slowest_rank", "slowest_rank_lag", "memory_gib")
+        for name in ("step_seconds", "data_wait", "data_wait_rank", "slowest_rank", "slowest_rank_lag", "memory_gb")
     }
     parts = {part: metrics(folder / "run", f"time/{part}") for part in ("data", "forward", "backward", "optimizer")}
     other = metrics(folder / "run", "time/other")
@@ -252,5 +252,5 @@ def test_times_and_memory(ranks: list[dict[str, Any]], folder: Path) -> None:
         assert WAITS[1] <= told["data_wait"][step] * seconds < WAITS[1] + 0.03
         assert (told["data_wait_rank"][step], told["slowest_rank"][step]) == (1, 1)
         assert 0.02 < told["slowest_rank_lag"][step] * seconds < 0.08
-        largest = max(rank["memory"] for rank in ranks) / 2**30
-        assert 0.5 * largest < told["memory_gib"][step] <= largest
+        largest = max(rank["memory"] for rank in ranks) / 1e9
+        assert 0.5 * largest < told["memory_gb"][step] <= largest
