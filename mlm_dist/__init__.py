@@ -30,6 +30,7 @@ Reading order is import order: a module imports only modules above it in this li
     optim        parameter groups, OPTIMIZERS, SCHEDULES as pure functions of the step
     engine       DeepSpeed: build, train_step, eval_step
     metrics      sums -> numbers; one reduction per report
+    predictions  what the model puts in the place of masks in a few held-out texts
     run_folder   the folder of a run: its lock, how the run stands, what it came from and ran on
     logs         each rank's log file; quiet libraries
     mirror       the run in W&B, on a thread of its own

@@ -18,7 +18,7 @@ LOG_FROM = 10.0  # times the lowest value: what counts as far apart
 LEAST_OF_LOG = 1e-100  # below it there is no room in a float
 LEAST_SPAN = 0.04  # of the highest value: so that what hardly moves doesn't look wild
 LETTERS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k"))
-UNITS = {"share": " %", "seconds": " s", "megabytes": " MB", "gibibytes": " GiB"}
+UNITS = {"share": " %", "seconds": " s", "megabytes": " MB", "gigabytes": " GB"}
 
 
 @dataclass(frozen=True)

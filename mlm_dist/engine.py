@@ -272,9 +272,10 @@ class Engine:
         norm = self.norm if self.norm is not None else self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def loss_scale(self) -> float | None:
-        """What fp16 multiplies the loss by now; None in other precisions."""
-        return float(self.deepspeed.optimizer.loss_scale) if self.precision == "fp16" else None
+    def numbers(self) -> dict[str, float | None]:
+        """What is logged of the last step: `grad_norm`, and what fp16 multiplies the loss by now as `loss_scale`."""
+        numbers = {"grad_norm": self.grad_norm()}
+        return numbers | ({"loss_scale": self.deepspeed.optimizer.loss_scale} if self.precision == "fp16" else {})
 
     def seconds(self) -> dict[str, float]:
         """What each part of this rank's steps took since the last call, by the device's clock. Waits for the device."""

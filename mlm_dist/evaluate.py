@@ -10,6 +10,7 @@ from torch import Tensor
 from mlm_dist.engine import StepSums
 from mlm_dist.masking import IGNORED_LABEL
 from mlm_dist.metrics import DEVICE_SUMS, HOST_SUMS, METRICS, Sums, add_batches, add_up, ratio, read
+from mlm_dist.predictions import Picker
 from mlm_dist.schema import setting
 from mlm_dist.stream import Batch
 from mlm_dist.vocab import Vocab
@@ -22,6 +23,7 @@ class EvaluateConfig:
     rate: float = setting(0.15, above=0, high=1, help="share of the tokens to predict: fixed, so that runs compare")
     max_rows: int | None = setting(None, low=1, help="use only so many held-out rows; none: all")
     seed: int = setting(0, low=0, help="of the held-out masks")
+    predictions: int = setting(8, low=0, help="held-out texts whose masks are filled at each evaluation, to be read")
 
 
 def evaluate(
@@ -30,12 +32,14 @@ def evaluate(
     world: World,
     vocab: Vocab,
     names: Mapping[int, str],
+    picker: Picker | None = None,
 ) -> dict[str, float]:
     """The metrics of all held-out rows, in total and by source. All ranks call it; all get the same.
 
     step:    a forward pass over one batch, as `engine.held_out_pass`
     batches: this rank's share, as many on every rank: a sharded model runs on all of them or none
     names:   of the sources that have one, by number
+    picker:  looks at every batch
     Returns `loss`, `perplexity`, `accuracy`, `bits_per_byte`, the realised masking, ..., and of each source the first
     four and `targets` as `NAME/loss`, ...
     """
@@ -47,6 +51,8 @@ def evaluate(
         seen = step(batch)
         sums = StepSums(**{name: seen[name] for name in DEVICE_SUMS})
         device_sums = sums if device_sums is None else device_sums + sums
+        if picker is not None:
+            picker.look(batch, seen)
         by_source.index_add_(0, (batch.sources + 1).long().to(world.device), of_rows(seen, token_bytes))
     mine = read(device_sums) | host_sums
     for number, row in enumerate(by_source.tolist(), start=-1):  # -1: rows of padding

@@ -112,7 +112,7 @@ class Meter:
         sums = {name: math.fsum(values) for name, values in by_rank.items()}
         numbers = {name: metric(sums) for name, metric in METRICS.items()}
         numbers |= self._speed(by_rank, sums) | self._mixture(sums)
-        numbers["memory_gib"] = max(by_rank["memory"]) / 2**30
+        numbers["memory_gb"] = max(by_rank["memory"]) / 1e9
         self._clear(now)
         return numbers
 

@@ -46,6 +46,9 @@ class LogConfig:
     )
     verbose: bool = setting(False, help="show on the console what the libraries say besides warnings (--verbose)")
     stall_minutes: float = setting(10.0, above=0, help="alert where no step was finished for so long")
+    log_text: bool | None = setting(
+        None, help="tell what the model fills in held-out texts; none: in the run folder, and in W&B if it isn't online"
+    )
     log_diff: bool = setting(False, help="record the git diff of the working tree, in the run folder and in W&B")
     log_checkpoints: bool = setting(False, help="tell W&B of each checkpoint: where it stands, not its contents")
 

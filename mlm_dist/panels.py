@@ -182,5 +182,5 @@ PANELS = (
     ),
     Panel("Data", "Held-out targets", {"valid/targets": "all", "valid/*/targets": "*"}),
     Panel("Data", "Length of a held-out document", {"valid/document_tokens": ""}, note="tokens"),
-    Panel("Memory", "Memory", {"memory_gib": ""}, "gibibytes", note="at most, of the rank with the most"),
+    Panel("Memory", "Memory", {"memory_gb": ""}, "gigabytes", note="at most, of the rank with the most"),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 // The values under the cursor, in all charts at once. The page is whole without this.
 "use strict";
 (() => {
-  const UNITS = { seconds: " s", megabytes: " MB", gibibytes: " GiB" };
+  const UNITS = { seconds: " s", megabytes: " MB", gigabytes: " GB" };
 
   const show = (value, unit) => {
     if (value === undefined) return "-";

@@ -43,6 +43,26 @@ def open_folder(folder: Path, here: World, stack: ExitStack) -> Path:
     return folder
 
 
+def cut_lines(path: Path, step: int) -> list[str]:
+    """Drop the lines of a .jsonl beyond a step, before the run goes on from there: each step is logged once.
+
+    Returns the lines that stay.
+    """
+    if not path.exists():
+        return []
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if is_within(line, step)]
+    replace_file(path, "".join(f"{line}\n" for line in kept).encode())
+    return kept
+
+
+def is_within(line: str, step: int) -> bool:
+    # a killed run may leave half a line
+    try:
+        return json.loads(line)["step"] <= step
+    except json.JSONDecodeError:
+        return False
+
+
 def write_status(folder: Path, status: str, exit_code: int | None, **more: int | None) -> None:
     """Tell in RUN/status.json how the run stands: launchers may hide the exit code."""
     content = {"status": status, "exit_code": exit_code} | more

@@ -13,6 +13,8 @@ from mlm_dist.alerts import Alerts, Level, Slowdown
 from mlm_dist.logs import said
 from mlm_dist.metrics import Spikes
 from mlm_dist.mirror import LogConfig, Mirror, wandb_mode
+from mlm_dist.predictions import FILE as PREDICTIONS
+from mlm_dist.run_folder import cut_lines
 
 
 class Tracker:
@@ -38,7 +40,8 @@ class Tracker:
         """
         self.started, self.first_step = time.perf_counter(), step
         if self.is_main:
-            lines = cut_metrics(self.folder, step)
+            lines = cut_lines(self.folder / "metrics.jsonl", step)
+            cut_lines(self.folder / PREDICTIONS, step)
             self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
             self.mirror.start(inputs, step, lines)
 
@@ -117,29 +120,6 @@ def put(text: str) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-
-
-def cut_metrics(folder: Path, step: int) -> list[str]:
-    """Drop what metrics.jsonl holds beyond a step, before the run goes on from there: each step is logged once.
-
-    Returns the lines that stay.
-    """
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if is_within(line, step)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
-    return kept
-
-
-def is_within(line: str, step: int) -> bool:
-    # a killed run may leave half a line
-    try:
-        return json.loads(line)["step"] <= step
-    except json.JSONDecodeError:
-        return False
 
 
 def progress_line(

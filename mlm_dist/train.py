@@ -20,6 +20,7 @@ from mlm_dist.logs import logs
 from mlm_dist.manifest import ShardError
 from mlm_dist.metrics import Meter, bad_shard_numbers
 from mlm_dist.mixture import Sources
+from mlm_dist.predictions import Picker
 from mlm_dist.redaction import redact, secrets_of
 from mlm_dist.report import write_at_end
 from mlm_dist.run_folder import open_folder, write_inputs, write_status
@@ -237,9 +238,7 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
 
 def report(run: Run, lr: float) -> None:
     """Log what the steps since the last report came to, and count those that were skipped."""
-    numbers = run.meter.report(run.engine.seconds()) | {"lr": lr, "grad_norm": run.engine.grad_norm()}
-    loss_scale = run.engine.loss_scale()
-    numbers |= {"loss_scale": loss_scale} if loss_scale is not None else {}
+    numbers = run.meter.report(run.engine.seconds()) | {"lr": lr} | run.engine.numbers()
     count_skips(run)
     numbers |= {"skipped_steps": run.state.skipped_steps} | bad_shard_numbers(run.bad_shards)
     run.tracker.log(run.state.step, numbers, run.state.tokens)
@@ -271,12 +270,15 @@ def evaluate_now(run: Run, to_save: bool) -> None:
         run.watchdog.beat(f"evaluating at step {state.step}")
         return run.engine.eval_step(batch, cfg.evaluate.rate, cfg.evaluate.seed)
 
+    count = cfg.evaluate.predictions if cfg.log.log_text is not False else 0
+    picker = Picker(run.vocab, count, cfg.evaluate.seed)
     try:
-        numbers = evaluate(step, batches, run.world, run.vocab, mixture.named(run.valid))
+        numbers = evaluate(step, batches, run.world, run.vocab, mixture.named(run.valid), picker)
     except ShardError:
         save(run)  # every rank reads all held-out shards, and meets the same one
         raise
     run.tracker.log(state.step, {f"valid/{name}": value for name, value in numbers.items()}, state.tokens)
+    picker.record(run.world, run.folder, state.step, state.tokens)
     state.valid_loss = numbers["loss"]
     if to_save and (state.best is None or state.valid_loss < state.best["loss"]):
         state.best = {"step": state.step, "loss": state.valid_loss}

@@ -12,9 +12,9 @@ PACKAGE = "mlm_dist"
 # A module imports only modules that stand before it here.
 LADDER = (
     "yaml_tree schema world background watchdog pace vocab fetch redaction manifest samples cache remote shards "
-    "packing lanes mixture cursor loader stream masking mlm encoder huggingface models optim engine metrics run_folder "
-    "logs mirror alerts tracker history charts panels notes report checkpoint saver evaluate config assembly train "
-    "card export"
+    "packing lanes mixture cursor loader stream masking mlm encoder huggingface models optim engine metrics "
+    "predictions run_folder logs mirror alerts tracker history charts panels notes report checkpoint saver evaluate "
+    "config assembly train card export"
 ).split()
 ONLY_IN = {"webdataset": ("shards",), "wandb": ("mirror",), "deepspeed": ("engine", "checkpoint")}
 AROUND = ("launch", "shards", "tests", "benchmarks")  # folders beside the package, which it never imports

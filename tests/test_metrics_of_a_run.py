@@ -14,7 +14,7 @@ from conftest import toy_documents
 from launching import ROOT, metrics, overridden
 from ranks import on_ranks
 
-from mlm_dist import config, masking, models, optim, train, vocab, world
+from mlm_dist import assembly, config, masking, models, optim, train, vocab, world
 from mlm_dist import metrics as metrics_module
 from mlm_dist.config import RunConfig
 from mlm_dist.engine import Engine
@@ -69,7 +69,7 @@ class Witness:
     def __init__(self, cfg: RunConfig, here: World, tokenizer: Vocab) -> None:
         self.cfg, self.here, self.tokenizer = cfg, here, tokenizer
         transformer = models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing)
-        self.model = train.objective(cfg, transformer, tokenizer)
+        self.model = assembly.objective(cfg, transformer, tokenizer)
         self.flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
         self.steps: list[dict[str, Any]] = []
 
@@ -237,7 +237,7 @@ def test_tokens_and_speed(ranks: list[dict[str, Any]], folder: Path) -> None:
 def test_times_and_memory(ranks: list[dict[str, Any]], folder: Path) -> None:
     told = {
         name: metrics(folder / "run", name)
-        for name in ("step_seconds", "data_wait", "data_wait_rank", "slowest_rank", "slowest_rank_lag", "memory_gib")
+        for name in ("step_seconds", "data_wait", "data_wait_rank", "slowest_rank", "slowest_rank_lag", "memory_gb")
     }
     parts = {part: metrics(folder / "run", f"time/{part}") for part in ("data", "forward", "backward", "optimizer")}
     other = metrics(folder / "run", "time/other")
@@ -252,5 +252,5 @@ def test_times_and_memory(ranks: list[dict[str, Any]], folder: Path) -> None:
         assert WAITS[1] <= told["data_wait"][step] * seconds < WAITS[1] + 0.03
         assert (told["data_wait_rank"][step], told["slowest_rank"][step]) == (1, 1)
         assert 0.02 < told["slowest_rank_lag"][step] * seconds < 0.08
-        largest = max(rank["memory"] for rank in ranks) / 2**30
-        assert 0.5 * largest < told["memory_gib"][step] <= largest
+        largest = max(rank["memory"] for rank in ranks) / 1e9
+        assert 0.5 * largest < told["memory_gb"][step] <= largest

@@ -329,6 +329,23 @@ def test_correct_counts_the_targets_with_the_largest_logit() -> None:
     assert sums["correct"] == unchanged >= sums["kept"] > 0
 
 
+def test_details_are_those_of_the_sums() -> None:
+    mlm, seq = wrap(Bag), token_ids(4)
+    seq[1, 2:] = PAD  # few targets: slots of the row are left over
+    sums, seen = mlm(seq, row_keys=keys(4), sums=True), mlm(seq, row_keys=keys(4), sums=True, details=True)
+    for name, value in sums.items():
+        torch.testing.assert_close(seen[name], value)
+    masked = mlm.masker(seq, keys(4), mlm.mask_prob)
+    for name in ("positions", "labels"):
+        assert torch.equal(seen[name], getattr(masked, name))
+    assert torch.equal(seen["shown"], masked.ids)
+    used = masked.labels != masking.IGNORED_LABEL
+    assert 0 < used.sum() < used.numel() and (seen["losses"][~used] == 0).all()
+    torch.testing.assert_close(seen["losses"].sum(), sums["loss"])
+    guessed = seen["logits"].view(*used.shape, -1).argmax(-1)
+    assert (guessed[used] == seq.gather(1, masked.positions)[used]).sum() == sums["correct"]
+
+
 def test_the_rate_can_change_from_call_to_call() -> None:
     mlm, seq = wrap(Bag), token_ids()
     assert [mlm(seq, sums=True, rate=rate)["targets"].item() for rate in (0.3, 0.15, 0.0)] == [32, 16, 0]

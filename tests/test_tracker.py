@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from mlm_dist.mirror import LogConfig
-from mlm_dist.tracker import Tracker, cut_metrics, progress_line
+from mlm_dist.run_folder import cut_lines
+from mlm_dist.tracker import Tracker, progress_line
 
 NUMBERS = {"loss": 4.5, "lr": 1e-3, "tokens_per_second": 12_345.6, "mfu": 0.5}
 
@@ -36,9 +37,9 @@ def test_numbers_go_to_metrics_jsonl_and_the_console(tmp_path: Path, capsys: pyt
 def test_metrics_beyond_a_step_and_half_lines_are_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {step}}}\n' for step in (10, 20, 30)) + '{"step": 4')
-    cut_metrics(tmp_path, 20)
+    assert cut_lines(path, 20) == ['{"step": 10}', '{"step": 20}']
     assert [r["step"] for r in records(tmp_path)] == [10, 20]
-    cut_metrics(tmp_path / "absent", 20)
+    assert cut_lines(tmp_path / "absent", 20) == []
 
 
 def test_what_an_earlier_launch_logged_beyond_the_step_is_written_anew(tmp_path: Path) -> None:
