@@ -5,7 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from mlm_dist.logs import said
 from mlm_dist.metrics import Spikes
 from mlm_dist.mirror import LogConfig, Mirror, wandb_mode
 from mlm_dist.predictions import FILE as PREDICTIONS
+from mlm_dist.predictions import GUESSES, Sentence
 from mlm_dist.run_folder import cut_lines
 
 
@@ -29,7 +31,7 @@ class Tracker:
         self.metrics: TextIO | None = None
         self.line_open = False
         self.spikes, self.slowdown = Spikes(), Slowdown()
-        self.started, self.first_step = time.perf_counter(), 0
+        self.started, self.first_step, self.log_text = time.perf_counter(), 0, log.log_text
         self.mirror = Mirror(log, folder, self.say, wandb_mode(log) if is_main else "disabled")
         self.alerts = Alerts(folder, self.say, self.mirror.alert)
 
@@ -63,6 +65,18 @@ class Tracker:
                 f"step {step}  held-out loss {numbers['valid/loss']:.4f}, "
                 f"accuracy {100 * numbers['valid/accuracy']:.1f} %"
             )
+
+    def show(self, sentences: Sequence[Sentence], step: int, tokens: int) -> None:
+        """Give W&B what the model put in the place of masks, a row for each mask, where the text may go there."""
+        allowed = self.mirror.mode == "offline" if self.log_text is None else self.log_text
+        if self.is_main and sentences and allowed:
+            guessed = [name for number in range(1, GUESSES + 1) for name in (f"guess {number}", f"p {number}")]
+            rows = [
+                [sentence["text"], mask["truth"], *chain.from_iterable(mask["guesses"])]
+                for sentence in sentences
+                for mask in sentence["masks"]
+            ]
+            self.mirror.table("predictions", ["text", "truth", *guessed], rows, {"step": step, "tokens": tokens})
 
     def alert(self, kind: str, text: str, step: int, level: Level = "WARN", always: bool = False) -> None:
         """Tell who isn't looking, as Alerts does."""

@@ -278,7 +278,7 @@ def evaluate_now(run: Run, to_save: bool) -> None:
         save(run)  # every rank reads all held-out shards, and meets the same one
         raise
     run.tracker.log(state.step, {f"valid/{name}": value for name, value in numbers.items()}, state.tokens)
-    picker.record(run.world, run.folder, state.step, state.tokens)
+    run.tracker.show(picker.record(run.world, run.folder, state.step, state.tokens), state.step, state.tokens)
     state.valid_loss = numbers["loss"]
     if to_save and (state.best is None or state.valid_loss < state.best["loss"]):
         state.best = {"step": state.step, "loss": state.valid_loss}

@@ -70,13 +70,15 @@ def test_a_run_that_is_killed_three_times_is_one_run_with_every_step(toy: Path, 
     for row in rows:
         if "rolled_back_to" in row:
             standing = {at: kept for at, kept in standing.items() if kept["step"] <= row["rolled_back_to"]}
-        else:
+        elif "time" in row:
             standing[row["time"]] = row
     assert standing.keys() == {line["time"] for line in lines(folder)}, "what W&B has is what metrics.jsonl has"
     for line in lines(folder):
         row = standing[line["time"]]
         assert all(row[name] == value for name, value in line.items() if value is not None)
 
+    tables = [row["step"] for row in rows if "predictions.nrows" in row and row["predictions.nrows"] > 0]
+    assert tables[-1] == STEPS, "offline, the table goes along"
     exported = run("launch/export.py", "--run", str(folder), "--out", str(tmp_path / "model"), "--wandb")
     assert exported.returncode == 0, exported.stdout
     newest_file = max(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)

@@ -58,3 +58,22 @@ def test_what_an_earlier_launch_logged_beyond_the_step_is_written_anew(tmp_path:
 def test_progress_line_tells_the_time_left(seconds: float | None, shown: str) -> None:
     line = progress_line(120, 600, NUMBERS, seconds)
     assert line.startswith("step 120/600  loss 4.5000  lr 1.00e-03  12,346 tokens/s") and line.endswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("mode", "log_text", "sent"),
+    [("offline", None, True), ("online", None, False), ("online", True, True), ("offline", False, False)],
+)
+def test_text_leaves_the_machine_on_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, log_text: bool | None, sent: bool
+) -> None:
+    main = Tracker(LogConfig(wandb=mode, log_text=log_text), tmp_path, is_main=True, total=lambda: 4)
+    tables = []
+    monkeypatch.setattr(main.mirror, "table", lambda *table: tables.append(table))
+    masks = [{"truth": "b", "guesses": [["b", 0.5], ["c", 0.25], ["d", 0.125]]}]
+    main.show([{"text": "a [MASK]", "masks": masks}], 3, 30)
+    assert bool(tables) == sent
+    if sent:
+        [(_, columns, rows, at)] = tables
+        assert columns == ["text", "truth", "guess 1", "p 1", "guess 2", "p 2", "guess 3", "p 3"]
+        assert rows == [["a [MASK]", "b", "b", 0.5, "c", 0.25, "d", 0.125]] and at == {"step": 3, "tokens": 30}
