@@ -20,7 +20,10 @@ from torch import nn
 # What a step is made of, each by a watch of its own. The rest is agreeing with the other ranks, and the loop itself.
 PARTS = ("data", "forward", "backward", "optimizer")
 
-STEPS_JUDGED = 10  # at least; who is slow over two such stretches in a row is told
+# at least: who is slow over two such stretches in a row is told. Within a second or two of a crowded CPU one rank may
+# well come off worse, over longer ones the ranks get equal shares of it.
+STEPS_JUDGED = 10
+SECONDS_JUDGED = 5.0
 SMALLEST_LAG_SECONDS = 0.005  # a step; less is not worth a word
 SECONDS_TO_REPEAT = 3600.0
 
@@ -90,7 +93,8 @@ class SlowRank:
     """Tells when a rank is slow, once; again an hour later while it lasts, and when it is over.
 
     Slow is who takes longer for its own work than the median rank, by `margin` of a step's time and by
-    SMALLEST_LAG_SECONDS, over two stretches of at least STEPS_JUDGED steps in a row: a hiccup is not told.
+    SMALLEST_LAG_SECONDS, over two stretches in a row of at least STEPS_JUDGED steps and SECONDS_JUDGED: a hiccup is
+    not told.
 
     hosts: the name of each rank's machine
     """
@@ -106,7 +110,7 @@ class SlowRank:
         """Take in what so many steps took, in all and by rank. Returns the sentence to say, if there is one."""
         self.steps, self.seconds = self.steps + steps, self.seconds + seconds
         self.own_seconds = [a + b for a, b in zip(self.own_seconds, own_seconds, strict=True)]
-        if self.steps < STEPS_JUDGED:
+        if self.steps < STEPS_JUDGED or self.seconds < SECONDS_JUDGED:
             return None
         rank, lag = slowest(self.own_seconds)
         lag_a_step, share = lag / self.steps, lag / self.seconds

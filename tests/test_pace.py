@@ -106,7 +106,10 @@ def test_hiccups_small_lags_and_short_stretches_are_not_told() -> None:
     judge = SlowRank(["a", "b"], 0.1)
     assert [judge.judge(10, 10.0, own) for own in ([9.0, 1.0], [1.0, 9.0], [1.0, 1.0]) * 5] == [None] * 15
     assert [judge.judge(10, 10.0, [1.9, 1.0]) for _ in range(5)] == [None] * 5, "9 % of a step"
-    assert [judge.judge(10, 0.1, [0.05, 0.01]) for _ in range(5)] == [None] * 5, "4 ms a step"
+    assert [judge.judge(2000, 10.0, [9.0, 1.0]) for _ in range(5)] == [None] * 5, "4 ms a step"
+    assert [judge.judge(100, 1.0, [0.9, 0.1]) for _ in range(9)] == [None] * 9, "9 s"
+    assert judge.judge(100, 1.0, [0.9, 0.1]) is not None
+    judge = SlowRank(["a", "b"], 0.1)
     said = [judge.judge(1, 1.0, [0.5, 0.1]) for _ in range(20)]
     assert said[:19] == [None] * 19 and "rank 0 (host a) is slow" in (said[19] or ""), "two stretches of ten steps"
 
@@ -116,21 +119,21 @@ def test_hiccups_small_lags_and_short_stretches_are_not_told() -> None:
 
 def options(seconds: float) -> tuple[str, ...]:
     return (
-        "run.steps=60", "model.kind=factory", "model.factory=tests.faulty:slow", f"model.options.seconds={seconds}",
+        "model.kind=factory", "model.factory=tests.faulty:slow", f"model.options.seconds={seconds}",
         "model.options.ranks=[1]", "log.every_steps=10",
     )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_a_slow_rank_is_named_with_its_host_and_even_ranks_are_not(toy: Path, tmp_path: Path) -> None:
-    slow = pretrain(toy, tmp_path / "slow", *options(0.05))
+    slow = pretrain(toy, tmp_path / "slow", *options(0.1), "run.steps=100")
     assert slow.returncode == 0, slow.stdout
     assert slow.stdout.count(f"warning: rank 1 (host {platform.node()}) is slow") == 1, slow.stdout
     assert set(metrics(tmp_path / "slow", "slowest_rank").values()) == {1}
     lags, seconds = (metrics(tmp_path / "slow", name) for name in ("slowest_rank_lag", "step_seconds"))
     for step, lag in lags.items():  # it slept twice a step
-        assert lag * seconds[step] == pytest.approx(0.1, rel=0.25) and lag < 1
-    even = pretrain(toy, tmp_path / "even", *options(0.0))
+        assert lag * seconds[step] == pytest.approx(0.2, rel=0.5) and lag < 1
+    even = pretrain(toy, tmp_path / "even", *options(0.0), "run.steps=1000")
     assert even.returncode == 0, even.stdout
     assert "is slow" not in even.stdout, even.stdout
 
@@ -139,7 +142,7 @@ def train_with_a_slow_rank(toy: Path, folder: Path) -> None:
     with world.join(120) as here, StopFlag() as stop:
         for stage in (0, 2, 3):
             overrides = overridden(
-                toy, folder / str(stage), *options(0.03), "run.steps=20", f"engine.zero_stage={stage}"
+                toy, folder / str(stage), *options(0.1), "run.steps=20", f"engine.zero_stage={stage}"
             )
             assert train.train_on(config.load(ROOT / "configs/quickstart.yaml", overrides), here, stop) == 0
 
@@ -150,4 +153,4 @@ def test_a_slow_rank_is_known_at_every_stage(toy: Path, tmp_path: Path) -> None:
     for stage in (0, 2, 3):
         assert metrics(tmp_path / str(stage), "slowest_rank") == {10: 1, 20: 1}, stage
         lag, seconds = (metrics(tmp_path / str(stage), name)[20] for name in ("slowest_rank_lag", "step_seconds"))
-        assert lag * seconds == pytest.approx(0.06, rel=0.3), stage
+        assert lag * seconds == pytest.approx(0.2, rel=0.5), stage
