@@ -1,7 +1,6 @@
 """What the launch scripts share: the package on the path, and one sentence with an exit code for every refusal."""
 
 import contextlib
-import errno
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from mlm_dist.schema import ConfigError  # noqa: E402
-from mlm_dist.world import EXIT_CONFIG_ERROR  # noqa: E402
+from mlm_dist.world import EXIT_CONFIG_ERROR, exit_code_of  # noqa: E402
 
 # how often launchers look after their ranks, and a little more
 LAUNCHER_POLL_SECONDS = 2.0
@@ -27,14 +26,16 @@ def run(main: Callable[[], int], refusals: tuple[type[Exception], ...] = (Config
     """Exit with what `main` returns, or with 2 and one sentence where it raises one of the refusals."""
     try:
         code = main()
-    except refusals as error:
-        code = refuse(str(error))
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            code = refuse(f"no space left on the disk ({error.filename or 'while writing'}); make room and start again")
-        else:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        code = exit_code_of(error, refusals)
+        if code != EXIT_CONFIG_ERROR:
             traceback.print_exc()
-            code = 1
+        elif isinstance(error, refusals):
+            refuse(str(error))
+        else:
+            refuse(f"no space left on the disk ({error.filename or 'while writing'}); make room and start again")
     with contextlib.suppress(OSError):  # where nobody listens any more
         sys.stdout.flush()
         sys.stderr.flush()
@@ -43,8 +44,8 @@ def run(main: Callable[[], int], refusals: tuple[type[Exception], ...] = (Config
     os._exit(code)
 
 
-def refuse(sentence: str) -> int:
-    """Say what is wrong, once for all ranks where all of them found it. Returns the exit code."""
+def refuse(sentence: str) -> None:
+    """Say what is wrong, once for all ranks where all of them found it."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {sentence}", file=sys.stderr, flush=True)
@@ -52,4 +53,3 @@ def refuse(sentence: str) -> int:
         # rank 0 says it for all; if this rank alone is at fault, the launcher has not ended it by then
         time.sleep(LAUNCHER_POLL_SECONDS)
         print(f"error on rank {rank}: {sentence}", file=sys.stderr, flush=True)
-    return EXIT_CONFIG_ERROR

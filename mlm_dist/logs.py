@@ -43,6 +43,7 @@ def logs(folder: Path, rank: int, verbose: bool, secrets: Collection[str]) -> It
     (folder / "logs").mkdir(exist_ok=True)
     file = logging.FileHandler(folder / "logs" / f"rank_{rank:05d}.log", encoding="utf-8")
     file.setFormatter(Discreet(secrets))
+    file.handleError = lambda record: None  # a full disk: who writes what matters says so
     console = logging.StreamHandler()
     root, libraries = logging.getLogger(), [logging.getLogger(name) for name in LIBRARIES]
     for handler in (console, *(handler for library in libraries for handler in library.handlers)):

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
+from mlm_dist.manifest import replace_file
 from mlm_dist.redaction import redact, redact_text
 from mlm_dist.schema import setting
 
@@ -227,7 +228,7 @@ def run_id(folder: Path) -> str:
     """The W&B id of a run folder, made on first use: all launches of the run share it."""
     path = folder / "wandb_id.txt"
     if not path.exists():
-        path.write_text(secrets.token_hex(4))
+        replace_file(path, secrets.token_hex(4).encode())
     return path.read_text().strip()
 
 

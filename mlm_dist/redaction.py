@@ -5,7 +5,19 @@ from typing import Any
 
 from mlm_dist.fetch import public
 
-SECRET_WORDS = ("key", "secret", "password", "passwd", "credential", "api_token", "auth")
+TOKENS = ("api_token", "access_token", "hf_token", "hub_token")  # those of a text are none
+SECRET_WORDS = (
+    "key",
+    "secret",
+    "password",
+    "passwd",
+    "credential",
+    "auth",
+    "api_token",
+    "access_token",
+    "hf_token",
+    "hub_token",
+)
 REDACTED = "[redacted]"
 
 

@@ -64,7 +64,7 @@ class Saver:
         # a rank of a launch before this one may still be writing when rank 0 of it is dead: not in our folder
         self.launch = world.broadcast(secrets.token_hex(4))
         self.under_way: Save | None = None
-        self.has_told = False
+        self.has_told = self.waiting = False
 
     def save(self, state: State) -> None:
         """Save weights, optimizer and state as of `state.step`, which must not change any more.
@@ -93,7 +93,7 @@ class Saver:
         except (OSError, RuntimeError) as error:
             raise self._failure(error) from error
         text = json.dumps(asdict(state), indent=1) + "\n" if self.world.is_main else None
-        self.background.start(lambda: write_files(staging, files, text))
+        self.background.start(lambda: write_files(staging, files, text, self._progress))
         if not self.config.background:
             self.wait()
         save.stall_seconds = time.perf_counter() - started
@@ -112,9 +112,11 @@ class Saver:
 
     def wait(self) -> None:
         """Return when no save is under way any more. Raises CheckpointError on every rank where one has failed."""
+        self.waiting = True
         while self.under_way:
             self.beat(f"writing the checkpoint of step {self.under_way.state.step}")
             self._go_on(self.under_way)
+        self.waiting = False
 
     def _go_on(self, save: Save) -> None:
         try:
@@ -131,6 +133,11 @@ class Saver:
         seconds = time.perf_counter() - save.started
         numbers = {"seconds": seconds, "stall_seconds": save.stall_seconds or seconds, "megabytes": size / 1e6}
         self.on_saved(save.final, save.state, {f"checkpoint/{name}": value for name, value in numbers.items()})
+
+    def _progress(self) -> None:
+        # only where the run waits for it: a write in the background must not hide that training hangs
+        if self.waiting:
+            self.beat("writing a checkpoint")
 
     def _wait_for_the_one_before(self, step: int) -> None:
         before, started = self.under_way, time.perf_counter()
@@ -169,8 +176,13 @@ def space_needed(engine: Engine) -> int:
     return 16 * sum(engine.sizes())
 
 
-def write_files(staging: Path, files: CheckpointFiles, state: str | None) -> dict[str, dict[str, Any]]:
-    """Write this rank's files, on rank 0 the state's too, flush them to the disk; their sizes and hashes by name."""
+def write_files(
+    staging: Path, files: CheckpointFiles, state: str | None, progress: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """Write this rank's files, on rank 0 the state's too, flush them to the disk; their sizes and hashes by name.
+
+    progress: called after each file
+    """
     paths = files.write()
     if state is not None:
         # DeepSpeed drops scripts beside the weights; nothing in a checkpoint is ever to be run
@@ -180,6 +192,7 @@ def write_files(staging: Path, files: CheckpointFiles, state: str | None) -> dic
         paths[-1].write_text(state)
     entries = {}
     for path in paths:
+        progress()
         checkpoint.sync(path)
         entries[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return entries

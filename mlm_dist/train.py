@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mlm_dist.stream import Batch
 from mlm_dist.tracker import Tracker
 from mlm_dist.vocab import Vocab
 from mlm_dist.watchdog import Watchdog
-from mlm_dist.world import EXIT_CONFIG_ERROR, EXIT_HANG, EXIT_NON_FINITE, EXIT_STOPPED, StopFlag, World
+from mlm_dist.world import EXIT_HANG, EXIT_NON_FINITE, EXIT_STOPPED, StopFlag, World, exit_code_of
 
 # A run measured in hours fixes its number of steps here, so that the schedule is a function of the step from then on.
 STEPS_TO_MEASURE = 20
@@ -86,30 +86,44 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
         stack.enter_context(watchdog)
         secrets = secrets_of(schema.to_mapping(cfg)) | secrets_of(dict(os.environ))
         stack.enter_context(logs(folder, here.rank, cfg.log.verbose, secrets))
-        run = prepare(cfg, folder, here, watchdog, stack)
-        watchdog.on_hang = lambda: hung(run)
-        watchdog.watch_stalls(60 * cfg.log.stall_minutes, lambda doing, seconds: stalled(run, doing, seconds))
-        exit_code = 1
+        run, exit_code = None, 1
         try:
-            tell(run, "running", None)
+            tell(folder, here, "running", None)
+            run = prepare(cfg, folder, here, watchdog, stack)
+            watchdog.on_hang = lambda: hung(run)
+            watchdog.watch_stalls(60 * cfg.log.stall_minutes, lambda doing, seconds: stalled(run, doing, seconds))
+            tell(folder, here, "running", None, run.state)
             exit_code = loop(run, stop)
-        except Exception as error:
-            exit_code = EXIT_CONFIG_ERROR if isinstance(error, REFUSALS) else 1
-            run.tracker.alert("failed", f"{type(error).__name__}: {error}", run.state.step, "ERROR", always=True)
+        except BaseException as error:
+            exit_code = exit_code_of(error, REFUSALS)
+            if run:
+                with suppress(OSError):
+                    text = f"{type(error).__name__}: {error}"
+                    run.tracker.alert("failed", text, run.state.step, "ERROR", always=True)
             raise
         finally:
-            tell(run, {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed"), exit_code)
-            run.tracker.finish(exit_code, SECONDS_TO_SEND if exit_code == 0 else SECONDS_FOR_LAST_WORDS)
-            if here.is_main:
-                write_at_end(folder, run.tracker.say)
+            watchdog.end()
+            status = {0: "done", EXIT_STOPPED: "stopped"}.get(exit_code, "failed")
+            tell(folder, here, status, exit_code, run and run.state)
+            if run:
+                close(run, exit_code)
         here.barrier()  # launchers end the ranks that are left when the first one exits with a code
         return exit_code
 
 
-def tell(run: Run, status: str, exit_code: int | None) -> None:
-    """Tell in RUN/status.json how the run stands: launchers may hide the exit code."""
+def tell(folder: Path, here: World, status: str, exit_code: int | None, state: State | None = None) -> None:
+    """Tell in RUN/status.json how the run stands, where the disk has room: launchers may hide the exit code."""
+    if here.is_main:
+        where = {"step": state.step, "total_steps": state.total_steps} if state else {}
+        with suppress(OSError):
+            write_status(folder, status, exit_code, **where)
+
+
+def close(run: Run, exit_code: int) -> None:
+    """Send what W&B hasn't had, and leave the report."""
+    run.tracker.finish(exit_code, SECONDS_TO_SEND if exit_code == 0 else SECONDS_FOR_LAST_WORDS)
     if run.world.is_main:
-        write_status(run.folder, status, exit_code, step=run.state.step, total_steps=run.state.total_steps)
+        write_at_end(run.folder, run.tracker.say)
 
 
 def stalled(run: Run, doing: str, seconds: float) -> None:
@@ -293,6 +307,7 @@ def save(run: Run, wait: bool = True) -> None:
         saved = State(**vars(run.state))
         saved.cursor = merge_cursors(run.world.gather(run.state.cursor))
         run.saver.save(saved)
+        tell(run.folder, run.world, "running", None, run.state)
         run.meter.leave_out(time.perf_counter() - started)
     if wait:
         run.saver.wait()

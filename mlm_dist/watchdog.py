@@ -49,6 +49,10 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Watch no more: what follows can't hang for long."""
         self.ended.set()
         self.thread.join()
         faulthandler.cancel_dump_traceback_later()

@@ -1,12 +1,14 @@
 """The ranks of a run: who this process is, on which device, and what all ranks say together."""
 
 import ctypes
+import errno
 import math
 import os
 import platform
 import random
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ EXIT_CONFIG_ERROR = 2
 EXIT_NON_FINITE = 17
 EXIT_STOPPED = 85
 EXIT_HANG = 124
+EXIT_INTERRUPTED = 130
 
 # of glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -32,6 +35,14 @@ RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECONDS_TO_INSIST = 5.0
+SECONDS_TO_ANSWER = 2.0  # in which Python's own handler runs, where the process isn't inside a library
+
+
+def exit_code_of(error: BaseException, refusals: tuple[type[Exception], ...]) -> int:
+    """The exit code of a process that an exception ends; refusals, and a full disk, are said in one sentence."""
+    if isinstance(error, refusals) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return EXIT_CONFIG_ERROR
+    return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,8 @@ class StopFlag:
     """Set by SIGTERM, SIGUSR1 or SIGINT while the `with` block runs; that is all the handlers do.
 
     The ranks agree on it at a step. A SIGINT that comes 5 s or more after the first signal ends the rank at once;
-    before that it is the launcher, which passes Ctrl-C on to ranks that the terminal has told already.
+    before that it is the launcher, which passes Ctrl-C on to ranks that the terminal has told already. Python runs no
+    handler while the process waits inside a library, for a rank that hangs perhaps: a thread sees to that.
     """
 
     def __init__(self) -> None:
@@ -184,11 +196,28 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         self.previous = {number: signal.signal(number, self._set) for number in STOP_SIGNALS}
+        self.heard, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        self.wakeup, self.wakeup_before = wakeup, signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self.wakeup_before)
+        os.close(self.wakeup)  # which ends the thread
+
+    def _listen(self) -> None:
+        first = math.inf
+        while numbers := os.read(self.heard, 1):
+            now = time.monotonic()
+            if numbers[0] == signal.SIGINT and now - first >= SECONDS_TO_INSIST:
+                time.sleep(SECONDS_TO_ANSWER)
+                os._exit(EXIT_INTERRUPTED)
+            if numbers[0] in STOP_SIGNALS:
+                first = min(first, now)
+        os.close(self.heard)
 
     def __bool__(self) -> bool:
         return self.signal_name is not None

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,59 @@ def test_checkpoints_are_listed_with_what_is_wrong(toy: Path, tmp_path: Path) ->
     assert second.startswith("step_00000002") and "state.json has" in second
     assert listed.stdout.endswith("latest: step_00000004\n")
     assert run("launch/checkpoints.py", str(tmp_path / "none")).returncode == 2
+
+
+# ---- told to stop inside a library, where Python runs no handler
+
+
+def test_told_to_stop_while_it_waits_for_a_rank_that_never_comes(toy: Path, tmp_path: Path) -> None:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "launch/pretrain.py", "--config", "configs/quickstart.yaml"]
+    process = subprocess.Popen(
+        [*command, *overridden(toy, tmp_path / "run")],
+        cwd=ROOT,
+        env=environment() | alone | {"MASTER_PORT": str(world.free_port())},
+    )
+    time.sleep(12)  # past its imports
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=10) == EXIT_STOPPED
+
+
+def test_a_second_ctrl_c_ends_a_rank_that_waits_for_one_that_hangs(toy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start_pretrain(toy, folder, "run.steps=100000")
+    try:
+        wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder, "loss")) > 2, process)
+        ranks = {rank: pid for pid, rank in ranks_of(process.pid).items()}
+        os.kill(ranks[1], signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(ranks[0], signal.SIGINT)
+        time.sleep(world.SECONDS_TO_INSIST + 1)
+        os.kill(ranks[0], signal.SIGINT)
+        wait_for(lambda: not Path(f"/proc/{ranks[0]}").exists() or is_zombie(ranks[0]), process, timeout=15)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """The rank of each process that a launcher's group has started, by its pid."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(path.name)) == launcher and b"--local_rank=" in (path / "cmdline").read_bytes():
+                told = re.search(rb"--local_rank=(\d+)", (path / "cmdline").read_bytes())
+                found[int(path.name)] = int(told[1])
+    return found
+
+
+def is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_a_refused_resume_is_told_in_the_status(toy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert pretrain(toy, folder, "run.steps=3").returncode == 0
+    assert pretrain(toy, folder, "run.steps=5", "optim.lr=0.5").returncode == 2
+    assert json.loads((folder / "status.json").read_text()) == {"status": "failed", "exit_code": 2}
