@@ -106,6 +106,7 @@ def killed_in_a_save(toy: Path, folder: str, stage: int, phase: str) -> None:
 
     def watched(self: saver.Saver, state: checkpoint.State) -> None:
         if state.step == KILLED_AT:
+            self.wait()  # the one before is not what is killed
             globals()[phase](int(os.environ["RANK"]))
         save(self, state)
 
