@@ -210,11 +210,15 @@ def write_manifest(
 def replace_file(path: Path, data: bytes) -> None:
     """Put `data` at `path` so that a reader, or a crash, meets the old file or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a file takes what is left of a full disk
+        raise
     sync_folder(path.parent)
 
 

@@ -21,6 +21,7 @@ SENTENCES_AT_MOST = 40
 STEPS_AT_MOST = 4  # of one run's guesses beside each other
 GUESSES_AT_MOST = 5
 MASK = "[MASK]"
+SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 ALWAYS_FINITE = {"loss", "valid/loss", "grad_norm"}  # in a sound run; others may have had nothing to measure
 
 EXITS = {
@@ -256,7 +257,7 @@ def score(history: History) -> str:
 
 
 def is_right(mask: Mapping[str, Any]) -> bool:
-    return bool(mask["guesses"]) and mask["guesses"][0][0].strip() == mask["truth"].strip()
+    return bool(mask["guesses"]) and mask["guesses"][0][0] == mask["truth"]
 
 
 def sentence_card(text: str, records: Sequence[tuple[int, Mapping[str, Any]]], histories: Sequence[History]) -> str:
@@ -272,7 +273,7 @@ def sentence_card(text: str, records: Sequence[tuple[int, Mapping[str, Any]]], h
         [visible(mask["truth"]), *(guess_cell(record["masks"], place) for _, record in shown)]
         for place, mask in enumerate(masks)
     )
-    truths = [f"<mark>{visible(mask['truth'])}</mark>" for mask in masks]
+    truths = [f"<mark>{visible(mask['truth'].strip(' '))}</mark>" for mask in masks]
     parts = [escape(part) for part in text.split(MASK)]
     if len(parts) == len(truths) + 1:
         parts = [piece for pair in zip(parts, [*truths, ""], strict=True) for piece in pair]
@@ -283,18 +284,17 @@ def guess_cell(masks: Sequence[Mapping[str, Any]], place: int) -> str:
     """The first guess, right or not, and those after it; the truth is underlined."""
     if place >= len(masks) or not masks[place]["guesses"]:
         return "-"
-    truth = masks[place]["truth"].strip()
     texts = []
     for text, share in masks[place]["guesses"][:GUESSES_AT_MOST]:
-        word = f"<u>{visible(text)}</u>" if text.strip() == truth else visible(text)
+        word = f"<u>{visible(text)}</u>" if text == masks[place]["truth"] else visible(text)
         texts.append(word if share is None else f"{word} {100 * share:.0f} %")
     tick = '<b class="right">✓</b> ' if is_right(masks[place]) else ""
-    return f"{tick}<b>{texts[0]}</b><small>{', '.join(texts[1:])}</small>"
+    return f"{tick}<b>{texts[0]}</b><small>{' · '.join(texts[1:])}</small>"
 
 
 def visible(text: str) -> str:
-    """A token as HTML, with signs for what has none."""
-    return escape(text.replace("\n", "⏎").replace("\t", "⇥").strip()) or "␣"
+    """A token as HTML, with signs for white space: one that begins a word is another than the same within a word."""
+    return "".join(f"<i>{SIGNS[sign]}</i>" if sign in SIGNS else escape(sign) for sign in text)
 
 
 # ---- how it was set up

@@ -273,7 +273,7 @@ PREDICTION = {
     "tokens": 9,
     "text": "a [MASK] of the [MASK]",
     "masks": [
-        {"truth": " dose", "guesses": [["drug", 0.5], ["dose", 0.25]]},
+        {"truth": " dose", "guesses": [["dose", 0.5], [" dose", 0.25]]},
         {"truth": "drug", "guesses": [["drug", 0.75]]},
     ],
 }
@@ -292,7 +292,7 @@ def test_predictions_and_alerts_are_shown_where_they_are(tmp_path: Path) -> None
     text = written(folder)
     words = " ".join(Page(text).words.split())
     assert "first guess right: 1 of 2 at step 50, 2 of 2 at step 100" in words
-    assert "a dose of the drug" in words and "✓ dose 25 % drug 50 %" in words and "drug 50 % dose 25 %" in words
+    assert "a dose of the drug" in words and "✓ ␣ dose 25 % dose 50 %" in words and "dose 50 % ␣ dose 25 %" in words
     assert "WARN Loss spike 9.1 at step 60 step 60, 2023-11-14 22:13 UTC" in words
     assert Page(text).figures["Loss"].count('class="mark') == 2, "the warning, over both axes"
 
@@ -422,6 +422,7 @@ def test_a_page_that_can_not_be_written_is_a_warning(tmp_path: Path) -> None:
     (folder / "report.html").mkdir()
     report.write_at_end(folder, said.append)
     assert len(said) == 1 and said[0].startswith(f"warning: {folder / 'report.html'} was not written: ")
+    assert not list(folder.glob("*.tmp")), "nothing is left of the attempt"
 
 
 @pytest.mark.slow
