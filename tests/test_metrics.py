@@ -127,20 +127,23 @@ def report_nothing() -> dict[str, float]:
         return Meter(here, 1.0).report(PARTS)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_cpu_peak_is_that_of_a_ranks_threads(threads: int) -> None:
-    """Against another product, far larger, with as many threads."""
+def test_the_cpu_peak_is_that_of_a_ranks_threads() -> None:
+    """Of one thread, whatever the machine has; against a small product, which a busy machine lets through undisturbed.
+
+    More threads than one can't be had for sure on a machine that others use.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
-        measured, matrix, seconds = peak_flops(torch.device("cpu")), torch.randn(2048, 2048), math.inf
-        for _ in range(5):
+        measured, matrix, seconds = peak_flops(torch.device("cpu")), torch.randn(512, 512), math.inf
+        assert torch.get_num_threads() == 1
+        for _ in range(100):
             started = time.perf_counter()
             matrix @ matrix
             seconds = min(seconds, time.perf_counter() - started)
     finally:
         torch.set_num_threads(before)
-    assert measured == pytest.approx(2 * 2048**3 / seconds, rel=0.6)
+    assert measured == pytest.approx(2 * 512**3 / seconds, rel=0.6)
 
 
 def held_by_each() -> tuple[float, int]:
