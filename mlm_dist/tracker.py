@@ -1,11 +1,13 @@
 """Where numbers go: the console, RUN/metrics.jsonl (the truth), W&B (its mirror), and alerts to who isn't looking."""
 
+import errno
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,6 +31,7 @@ class Tracker:
     def __init__(self, log: LogConfig, folder: Path, is_main: bool, total: Callable[[], int | None]) -> None:
         self.is_main, self.total, self.folder = is_main, total, folder
         self.metrics: TextIO | None = None
+        self.problem: str | None = None  # why a file of the run can't be written to
         self.line_open = False
         self.spikes, self.slowdown = Spikes(), Slowdown()
         self.started, self.first_step, self.log_text = time.perf_counter(), 0, log.log_text
@@ -55,7 +58,8 @@ class Tracker:
         record = {"step": step, "tokens": tokens, "time": round(time.time(), 6)}
         # JSON has no word for what isn't finite
         finite = {name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}
-        self.metrics.write(json.dumps(record | finite, allow_nan=False) + "\n")
+        with self.noting():
+            self.metrics.write(json.dumps(record | finite, allow_nan=False) + "\n")
         self.mirror.log(record | numbers)
         if "loss" in numbers:
             self._progress(progress_line(step, self.total(), numbers, self._seconds_left(step), self.alerts.newest))
@@ -81,7 +85,8 @@ class Tracker:
     def alert(self, kind: str, text: str, step: int, level: Level = "WARN", always: bool = False) -> None:
         """Tell who isn't looking, as Alerts does."""
         if self.is_main:
-            self.alerts.tell(kind, text, step, level, always)
+            with self.noting():
+                self.alerts.tell(kind, text, step, level, always)
 
     def _watch(self, step: int, numbers: Mapping[str, float]) -> None:
         """Alert where the numbers of a report call for it."""
@@ -95,6 +100,17 @@ class Tracker:
             text = f"throughput has fallen to {rate:,.0f} tokens/s at step {step}: it was about {usual:,.0f}"
             self.alert("throughput down", text, step)
 
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Keep what the disk says as `problem`: the other ranks know nothing of it, and have to agree to end."""
+        try:
+            yield
+        except OSError as error:
+            self.problem = (
+                f"{error.filename or self.folder} can't be written to: {os.strerror(error.errno or 0).lower()}"
+            )
+            self.problem += "; make room and start again: the checkpoints stand" * (error.errno == errno.ENOSPC)
+
     def say(self, text: str) -> None:
         """Print one line on the main rank, below the progress line where one stands."""
         if self.is_main:
@@ -105,7 +121,8 @@ class Tracker:
     def finish(self, exit_code: int, seconds: float = 60.0) -> None:
         """Close the log; W&B records the exit code, and is waited for, so long at most."""
         if self.metrics is not None:
-            self.metrics.close()
+            with self.noting():
+                self.metrics.close()
             self.mirror.finish(exit_code, seconds)
 
     def _progress(self, line: str) -> None:

@@ -198,9 +198,10 @@ def agree(run: Run, micro_batches: list[Batch], rate: float, stop: bool, problem
     """Over all ranks: the step's targets, its real tokens, and whether a rank was told to stop.
 
     A save that is under way goes on here: the ranks must agree on that too. Raises CheckpointError where it failed.
-    A shard that can't be read ends the run on every rank, with the sentence of the rank that met it: raises ShardError,
-    after a save of what was trained so far.
+    A shard that can't be read, or a run folder that can't be written to, ends the run on every rank, with the sentence
+    of the rank that met it: raises ShardError, after a save of what was trained so far.
     """
+    problem = problem or run.tracker.problem
     targets = sum(int(masking.targets_of(batch.maskable, rate).sum()) for batch in micro_batches)
     bad_shards = micro_batches[-1].bad_shards if micro_batches else {}
     tokens = sum(batch.tokens for batch in micro_batches)
@@ -292,7 +293,8 @@ def evaluate_now(run: Run, to_save: bool) -> None:
         save(run)  # every rank reads all held-out shards, and meets the same one
         raise
     run.tracker.log(state.step, {f"valid/{name}": value for name, value in numbers.items()}, state.tokens)
-    run.tracker.show(picker.record(run.world, run.folder, state.step, state.tokens), state.step, state.tokens)
+    with run.tracker.noting():
+        run.tracker.show(picker.record(run.world, run.folder, state.step, state.tokens), state.step, state.tokens)
     state.valid_loss = numbers["loss"]
     if to_save and (state.best is None or state.valid_loss < state.best["loss"]):
         state.best = {"step": state.step, "loss": state.valid_loss}

@@ -1,6 +1,7 @@
 """From text files to shards: every document once, whatever the order and the processes; refusals that leave nothing."""
 
 import collections
+import functools
 import gzip
 import json
 import os
@@ -393,7 +394,9 @@ def test_a_build_that_is_stopped_is_never_taken_for_whole(
         "--tokenizer",
         tokenizer,
     ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # as from a terminal: what a shell starts in the background is deaf to Ctrl-C, and so are its children
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while len(workers := children.read_text().split()) < len(os.sched_getaffinity(0)):
         assert process.poll() is None

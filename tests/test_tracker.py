@@ -77,3 +77,13 @@ def test_text_leaves_the_machine_on_request_alone(
         [(_, columns, rows, at)] = tables
         assert columns == ["text", "truth", "guess 1", "p 1", "guess 2", "p 2", "guess 3", "p 3"]
         assert rows == [["a [MASK]", "b", "b", 0.5, "c", 0.25, "d", 0.125]] and at == {"step": 3, "tokens": 30}
+
+
+def test_a_disk_that_takes_no_more_is_noted_for_the_ranks_to_agree_on(tmp_path: Path) -> None:
+    main = Tracker(LogConfig(wandb="off"), tmp_path, is_main=True, total=lambda: 4)
+    main.start(0, {})
+    main.metrics.close()
+    main.metrics = open("/dev/full", "w", buffering=1)
+    main.log(1, NUMBERS, tokens=5)
+    assert "no space left" in main.problem and "make room" in main.problem
+    main.finish(0)
