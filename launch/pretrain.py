@@ -6,30 +6,18 @@ deepspeed launch/pretrain.py --config configs/quickstart.yaml run.dir=runs/mine 
 import argparse
 import os
 import signal
-import threading
+import sys
+from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+from mlm_dist.signals import STOP_SIGNALS, hear
 
-def end_when_told() -> None:
-    """Told to stop while it is starting, a rank has nothing to save: it ends as one that was stopped at a step does,
-    with 85, so that a scheduler starts it again. On a thread too: it may be inside a library, waiting for a rank that
-    never comes. From the first collective on, world.StopFlag takes over.
-    """
-    heard, wakeup = os.pipe()
-    os.set_blocking(wakeup, False)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(85))
-    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    stop_signals = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
-
-    def listen() -> None:
-        while True:
-            if os.read(heard, 1)[0] in stop_signals:
-                os._exit(85)
-
-    threading.Thread(target=listen, name="start", daemon=True).start()
-
-
-end_when_told()
+# Told to stop while it is starting, a rank has nothing to save: it ends as one that was stopped at a step does, with
+# 85, so that a scheduler starts it again. It may be among its imports, or inside a library, waiting for a rank that
+# never comes. From the first collective on, world.StopFlag takes over.
+for each in STOP_SIGNALS:
+    signal.signal(each, lambda *_: os._exit(85))
+hear(lambda number: number in STOP_SIGNALS and os._exit(85))
 
 import _cli  # noqa: E402
 

@@ -4,6 +4,7 @@ Reading order is import order: a module imports only modules above it in this li
 
     yaml_tree    YAML text -> a tree whose values know the file and line they came from
     schema       that tree -> frozen dataclasses; errors name the fix
+    signals      what tells a run to stop, heard also inside a library
     world        ranks, device, sums and agreed flags across ranks, stop signals
     background   copies on the host, and a thread that writes them beside training
     watchdog     what ends a run that hangs: stacks, the silent ranks, an exit code

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from mlm_dist.lanes import Planned, Rows
 from mlm_dist.manifest import ShardError
 from mlm_dist.mixture import LaneTaps, Mixture, places_in
+from mlm_dist.signals import STOP_SIGNALS
 
 # A lane's next window takes some 10 ms; lanes need theirs at nearly the same time. This many blocks bridge that.
 BLOCKS_AHEAD = 8
@@ -91,7 +92,7 @@ def plan(lanes: list[LaneTaps], rounds: int) -> tuple[list[Planned], ShardError 
 
 def shield(worker: int) -> None:
     """Set up a worker process. The parent decides when it ends: a signal to the whole group must not end it first."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

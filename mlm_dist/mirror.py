@@ -96,23 +96,12 @@ class Mirror:
 
     def refer(self, name: str, kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
         """A version of an artifact that says where a folder stands; its contents stay there."""
-
-        def send() -> None:
-            artifact = wandb.Artifact(f"{self.run.id}-{name}", type=kind, metadata=dict(facts))
-            artifact.add_reference(folder.resolve().as_uri(), checksum=False)
-            self.run.log_artifact(artifact)
-
-        self._do(send)
+        address = folder.resolve().as_uri()
+        self._do(lambda: self._log_artifact(name, kind, facts, lambda it: it.add_reference(address, checksum=False)))
 
     def upload(self, name: str, kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
         """A version of an artifact with a folder's contents."""
-
-        def send() -> None:
-            artifact = wandb.Artifact(f"{self.run.id}-{name}", type=kind, metadata=dict(facts))
-            artifact.add_dir(str(folder))
-            self.run.log_artifact(artifact)
-
-        self._do(send)
+        self._do(lambda: self._log_artifact(name, kind, facts, lambda it: it.add_dir(str(folder))))
 
     def finish(self, exit_code: int, seconds: float) -> None:
         """Send what waits, with the exit code, and wait for that, though not for ever."""
@@ -180,6 +169,13 @@ class Mirror:
             record = json.loads(line)
             if record["time"] not in history.times:
                 self._log(record)
+
+    def _log_artifact(
+        self, name: str, kind: str, facts: Mapping[str, Any], fill: Callable[[wandb.Artifact], object]
+    ) -> None:
+        artifact = wandb.Artifact(f"{self.run.id}-{name}", type=kind, metadata=dict(facts))
+        fill(artifact)
+        self.run.log_artifact(artifact)
 
     def _log(self, record: Mapping[str, Any]) -> None:
         self.run.log({**record, "launch": self.launch}, step=self.row)

@@ -6,18 +6,7 @@ from typing import Any
 from mlm_dist.fetch import public
 
 TOKENS = ("api_token", "access_token", "hf_token", "hub_token")  # those of a text are none
-SECRET_WORDS = (
-    "key",
-    "secret",
-    "password",
-    "passwd",
-    "credential",
-    "auth",
-    "api_token",
-    "access_token",
-    "hf_token",
-    "hub_token",
-)
+SECRET_WORDS = ("key", "secret", "password", "passwd", "credential", "auth", *TOKENS)
 REDACTED = "[redacted]"
 
 

@@ -97,9 +97,8 @@ def train_on(cfg: RunConfig, here: World, stop: StopFlag) -> int:
         except BaseException as error:
             exit_code = exit_code_of(error, REFUSALS)
             if run:
-                with suppress(OSError):
-                    text = f"{type(error).__name__}: {error}"
-                    run.tracker.alert("failed", text, run.state.step, "ERROR", always=True)
+                text = f"{type(error).__name__}: {error}"
+                run.tracker.alert("failed", text, run.state.step, "ERROR", always=True)
             raise
         finally:
             watchdog.end()

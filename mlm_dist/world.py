@@ -8,7 +8,6 @@ import platform
 import random
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mlm_dist.schema import ConfigError
+from mlm_dist.signals import STOP_SIGNALS, hear
 
 EXIT_CONFIG_ERROR = 2
 EXIT_NON_FINITE = 17
@@ -33,7 +33,6 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECONDS_TO_INSIST = 5.0
 SECONDS_TO_ANSWER = 2.0  # in which Python's own handler runs, where the process isn't inside a library
 
@@ -192,32 +191,25 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self.since = math.inf
+        self.since = self.heard_first = math.inf
 
     def __enter__(self) -> "StopFlag":
         self.previous = {number: signal.signal(number, self._set) for number in STOP_SIGNALS}
-        self.heard, wakeup = os.pipe()
-        os.set_blocking(wakeup, False)
-        self.wakeup, self.wakeup_before = wakeup, signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        self.end_hearing = hear(self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self.wakeup_before)
-        os.close(self.wakeup)  # which ends the thread
+        self.end_hearing()
 
-    def _listen(self) -> None:
-        first = math.inf
-        while numbers := os.read(self.heard, 1):
-            now = time.monotonic()
-            if numbers[0] == signal.SIGINT and now - first >= SECONDS_TO_INSIST:
-                time.sleep(SECONDS_TO_ANSWER)
-                os._exit(EXIT_INTERRUPTED)
-            if numbers[0] in STOP_SIGNALS:
-                first = min(first, now)
-        os.close(self.heard)
+    def _hear(self, number: int) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and now - self.heard_first >= SECONDS_TO_INSIST:
+            time.sleep(SECONDS_TO_ANSWER)
+            os._exit(EXIT_INTERRUPTED)
+        if number in STOP_SIGNALS:
+            self.heard_first = min(self.heard_first, now)
 
     def __bool__(self) -> bool:
         return self.signal_name is not None

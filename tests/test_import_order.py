@@ -11,8 +11,8 @@ PACKAGE = "mlm_dist"
 
 # A module imports only modules that stand before it here.
 LADDER = (
-    "yaml_tree schema world background watchdog pace vocab fetch redaction manifest samples cache remote shards "
-    "packing lanes mixture cursor loader stream masking mlm encoder huggingface models optim engine metrics "
+    "yaml_tree schema signals world background watchdog pace vocab fetch redaction manifest samples cache remote "
+    "shards packing lanes mixture cursor loader stream masking mlm encoder huggingface models optim engine metrics "
     "predictions run_folder logs mirror alerts tracker history charts panels notes report checkpoint saver evaluate "
     "config assembly train card export"
 ).split()
