@@ -49,7 +49,11 @@ def locked(file: Path, deadline: float) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise FetchError(f"another process holds {file} and doesn't get on")
             time.sleep(POLL_SECONDS)
-        yield
+        try:
+            yield
+        finally:
+            # to close the file is not enough: a process that was forked meanwhile, a loader's, has it open as well
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def try_lock(file: BinaryIO) -> bool:

@@ -24,7 +24,7 @@ from launching import metrics, overridden, pretrain, run
 from web import Server
 
 from mlm_dist import fetch, vocab
-from mlm_dist.cache import Cache, default_folder, make_cache
+from mlm_dist.cache import Cache, default_folder, locked, make_cache
 from mlm_dist.fetch import FetchError, Patience, checked, is_remote, public
 from mlm_dist.manifest import Manifest, ShardError, load_manifest, verify
 from mlm_dist.mixture import SourceConfig, is_roomy, open_sources
@@ -648,6 +648,20 @@ def test_a_shard_that_is_damaged_in_the_cache_is_fetched_again(toy: Path, server
     assert same(batches_of(open_split(f"{server.address}/train", cache), toy, 100, workers=2), expected)
     again = [server.shards()[name] - count for name, count in before.items()]
     assert max(again) == 1, "those that were read to the damage, once more and no oftener"
+
+
+def test_a_process_that_is_forked_while_a_lock_is_held_does_not_keep_it(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock", time.monotonic() + 5):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked(tmp_path / "lock", time.monotonic() + 1):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_disk_that_is_full_is_no_fault_of_a_shard(toy: Path, server: Server, tmp_path: Path) -> None:
