@@ -97,7 +97,6 @@ class Built(NamedTuple):
     """What came out."""
 
     splits: dict[str, Manifest]
-    tokenizer: Vocab
     counts: Counts
     files: int
 
@@ -112,8 +111,9 @@ def build(args: argparse.Namespace) -> Built:
         check_free(args.out, args.force, place, job.plan)
         if not place.concluded(job.plan):
             place.adopt(job.plan)
-            spill = tokenized(place, job, args.tokenizer, job.pieces)
-            make_splits(place, args.workers, spill.runs)
+            tokenizer = with_tokenizer(place, job, args.tokenizer)
+            spill = tokenized(place, job, tokenizer, job.pieces)
+            make_splits(place, args.workers, spill.runs, tokenizer)
         return finished(place, args.out)
 
 
@@ -130,7 +130,7 @@ def build_part(args: argparse.Namespace) -> None:
         check_free(args.out, args.force, place, job.plan)
         own = files.deal(job.pieces, part.count)[part.number - 1]
         place.adopt(job.plan | {"part": str(part), "pieces": len(own)})
-        spill = tokenized(place, job, args.tokenizer, own)
+        spill = tokenized(place, job, with_tokenizer(place, job, args.tokenizer), own)
     documents, tokens = (sum(int(run.index[name].sum()) for run in spill.runs) for name in ("documents", "tokens"))
     print(f"part {part}: {tokens:,} tokens, {documents:,} documents; with all parts done: --merge --out {args.out}")
 
@@ -149,7 +149,7 @@ def merge(args: argparse.Namespace) -> Built:
                 if not (place.folder / "tokenizer").exists():
                     shutil.copytree(whole.tokenizer, place.folder / "tokenizer.tmp", dirs_exist_ok=True)
                     (place.folder / "tokenizer.tmp").rename(place.folder / "tokenizer")
-                make_splits(place, args.workers, whole.runs)
+                make_splits(place, args.workers, whole.runs, vocab.load(place.folder / "tokenizer"))
         return finished(place, args.out)
 
 
@@ -187,18 +187,17 @@ def with_tokenizer(place: Workplace, job: Job, name: str) -> Vocab:
     return vocab.load(folder)
 
 
-def tokenized(place: Workplace, job: Job, name: str, pieces: Sequence[Piece]) -> Spill:
+def tokenized(place: Workplace, job: Job, tokenizer: Vocab, pieces: Sequence[Piece]) -> Spill:
     """The pieces' documents in the workplace's runs."""
-    tokenizer = with_tokenizer(place, job, name)
     train, valid = job.plan["buckets"]
     spill = Spill(place.folder / "runs", train + valid, dtype_for(tokenizer.size))
     stages.fill(job.settings, place.folder / "tokenizer", pieces, (train, valid), spill)
     return spill
 
 
-def make_splits(place: Workplace, workers: int, runs: Sequence[Run]) -> None:
+def make_splits(place: Workplace, workers: int, runs: Sequence[Run], tokenizer: Vocab) -> None:
     """The shards in the workplace, ready to be moved."""
-    plan, tokenizer = place.plan, vocab.load(place.folder / "tokenizer")
+    plan = place.plan
     assert plan is not None
     shelf, (train, valid) = Shelf(runs, dtype_for(tokenizer.size)), plan["buckets"]
     if not shelf.documents[:train].any():
@@ -229,7 +228,7 @@ def finished(place: Workplace, out: Path) -> Built:
     counts = Counts(**outcome["counts"])
     counts.replaced = Counter(counts.replaced)
     splits = {name: load_manifest(out / name) for name in reversed(OUTPUT[1:]) if name in outcome["output"]}
-    built = Built(splits, vocab.load(out / "tokenizer"), counts, outcome["files"])
+    built = Built(splits, counts, outcome["files"])
     if (place.plan or {}).get("part") == "merge" and (out / PARTS).exists():
         (out / PARTS).rename(place.folder / "merged")
     shutil.rmtree(out / TOKENIZER, ignore_errors=True)
@@ -251,7 +250,7 @@ def report(out: Path, built: Built, seconds: float) -> None:
             f"{len(split.shards):>5,} shards {split.bytes / 1e6:>10,.1f} MB"
         )
     per_token = built.counts.text_bytes / tokens
-    print(f"  tokenizer {built.tokenizer.size:>15,} tokens, {per_token:.2f} bytes of text a token")
+    print(f"  tokenizer {built.splits['train'].vocab_size:>15,} tokens, {per_token:.2f} bytes of text a token")
     for line in remarks(built):
         print(f"  note: {line}")
 
