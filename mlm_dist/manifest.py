@@ -323,6 +323,8 @@ def check(manifest: Manifest) -> None:
         counts = (shard.first_record, len(rows), int(rows["documents"].sum()), int(rows["tokens"].sum()))
         if not names_shard(shard.name, number, manifest.text):
             wrong = f"shard {number} is named {shard.name!r}"
+        elif shard.samples < 1:
+            wrong = f"{shard.name} holds no record"
         elif counts != (first, shard.samples, shard.documents, shard.tokens) or (rows["shard"] != number).any():
             wrong = f"{shard.name} and records.npy count differently"
         first += shard.samples

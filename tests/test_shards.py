@@ -316,6 +316,11 @@ def test_a_shard_entry_that_was_edited_is_refused(tmp_path: Path, key: str, valu
         load_manifest(tmp_path)
 
 
+def test_a_shard_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"000001\.tar holds no record"):
+        split(tmp_path, (3, 0))
+
+
 def test_an_altered_or_missing_records_file_is_refused(tmp_path: Path) -> None:
     split(tmp_path)
     flip(tmp_path / "records.npy", -3)

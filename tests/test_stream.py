@@ -430,7 +430,7 @@ def test_an_id_that_the_tokenizer_does_not_have_is_refused(tmp_path):
 
 def test_shards_without_a_token_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="hold no tokens"):
-        open_rank(write_split(tmp_path, [[]], VOCAB.size, VOCAB.fingerprint), 0, 1, 1, lanes=1)
+        open_rank(write_split(tmp_path, [], VOCAB.size, VOCAB.fingerprint), 0, 1, 1, lanes=1)
 
 
 # ---- damage
