@@ -50,13 +50,15 @@ def cut_lines(path: Path, step: int) -> list[str]:
     """
     if not path.exists():
         return []
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if is_within(line, step)]
+    # by line feeds alone: a text may hold other signs that end a line, as it is
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    kept = [line for line in lines if is_within(line, step)]
     replace_file(path, "".join(f"{line}\n" for line in kept).encode())
     return kept
 
 
 def is_within(line: str, step: int) -> bool:
-    # a killed run may leave half a line
+    # a killed run may leave half a line, or half a character
     try:
         return json.loads(line)["step"] <= step
     except json.JSONDecodeError:

@@ -42,6 +42,14 @@ def test_metrics_beyond_a_step_and_half_lines_are_cut(tmp_path: Path) -> None:
     assert cut_lines(tmp_path / "absent", 20) == []
 
 
+def test_texts_with_signs_of_their_own_for_a_line_s_end_stay_and_half_a_character_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    whole = json.dumps({"step": 10, "text": "one\u2028line\x85é"}, ensure_ascii=False)
+    path.write_bytes(f'{whole}\n{{"step": 11, "text": "é'.encode()[:-1])
+    assert cut_lines(path, 20) == [whole]
+    assert path.read_text(encoding="utf-8") == f"{whole}\n"
+
+
 def test_what_an_earlier_launch_logged_beyond_the_step_is_written_anew(tmp_path: Path) -> None:
     for first, last in ((0, 3), (2, 4)):
         main = Tracker(LogConfig(wandb="off"), tmp_path, is_main=True, total=lambda: 4)
