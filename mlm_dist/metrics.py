@@ -5,6 +5,7 @@ docs/metrics.md says of each what it is, its unit, and what to do where it is ba
 
 import math
 import platform
+import re
 import resource
 import statistics
 import time
@@ -165,8 +166,10 @@ class Spikes:
         that one spike does not hide the next.
         """
         losses = sorted(self.losses)
+        if not math.isfinite(loss):
+            return None  # nor is it kept: what isn't a number can't be sorted among the others
         self.losses.append(loss)
-        if len(losses) < LOSSES_COMPARED // 2 or not math.isfinite(loss):
+        if len(losses) < LOSSES_COMPARED // 2:
             return None
         median = statistics.median(losses)
         spread = statistics.median(abs(other - median) for other in losses)
@@ -216,7 +219,8 @@ def peak_flops(device: torch.device) -> float:
     """Matrix-product peak of one rank's device, FLOP/s: from the data sheet of a known GPU, measured otherwise."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = [peak for part, peak in GPU_PEAK_FLOPS.items() if part in name]
+        # whole words: an L40 is no L4, an A1000 no A100
+        known = [peak for part, peak in GPU_PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)]
         if known:
             return known[0]
     return measured_peak_flops(device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from mlm_dist import world
+from mlm_dist import metrics, world
 from mlm_dist.engine import StepSums
 from mlm_dist.metrics import METRICS, Meter, Spikes, bad_shard_numbers, peak_flops, peak_memory
 from mlm_dist.stream import Batch
@@ -146,6 +146,24 @@ def test_the_cpu_peak_is_that_of_a_ranks_threads() -> None:
     assert measured == pytest.approx(2 * 512**3 / seconds, rel=0.6)
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_a_gpu_s_peak_is_that_of_its_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(metrics, "measured_peak_flops", lambda device: 1.0)
+    assert peak_flops(torch.device("cuda")) == (peak or 1.0), "one that isn't known is measured"
+
+
 def held_by_each() -> tuple[float, int]:
     with world.join(60) as here:
         held = torch.ones(here.rank * 2**27)  # 512 MiB on rank 1
@@ -169,3 +187,5 @@ def test_a_loss_that_stands_out_is_told_and_the_rest_is_not() -> None:
     assert spikes.usual(falling[-1] * 1.7) is not None, "one does not hide the next"
     assert spikes.usual(falling[-1]) is None and spikes.usual(math.nan) is None
     assert Spikes().usual(100.0) is None
+    assert [spikes.usual(math.nan) for _ in range(40)] == [None] * 40
+    assert spikes.usual(falling[-1] * 1.6) is not None, "nor do steps that were skipped"
