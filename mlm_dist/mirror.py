@@ -135,18 +135,20 @@ class Mirror:
                 continue
             try:
                 task()
-            except Exception as error:
+            except BaseException as error:  # W&B raises KeyboardInterrupt too
                 self._off(str(error) or type(error).__name__)
 
     def _off(self, why: str) -> None:
         self.is_on = False
         self.say(
-            f"warning: W&B is off for this launch: {why}; metrics.jsonl has it all, and the next launch sends the rest"
+            f"warning: W&B is off for this launch: {why.rstrip('.')}; "
+            "metrics.jsonl has it all, and the next launch sends the rest"
         )
 
     def _open(self, config: Mapping[str, Any], step: int, lines: Sequence[str]) -> None:
         """Begin or go on; send what is not in W&B's own files yet."""
         log, history = self.settings, History.read(self.folder)
+        wandb.setup(wandb.Settings(silent=True))  # without a key, it would ask for one at the terminal otherwise
         self.run = wandb.init(
             project=log.project,
             entity=log.entity,

@@ -1,6 +1,8 @@
 """The mirror in W&B: real offline runs, read back from W&B's own files by W&B's own reader."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import ROOT
 
 from mlm_dist import mirror
 from mlm_dist.mirror import History, LogConfig, Mirror, run_id, wandb_mode
@@ -125,14 +128,14 @@ class Stub:
         self.act()
 
 
-def refuse(*_: object, **__: object) -> None:
-    raise OSError("no network")
-
-
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("raising", ["init", "log"])
 def test_wandb_raising_is_said_once_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raising: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raising: str, error: type[BaseException]
 ) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error("no network")
+
     monkeypatch.setattr(mirror.wandb, "init", refuse if raising == "init" else lambda **_: Stub(refuse))
     said: list[str] = []
     one = Mirror(OFFLINE, tmp_path, said.append, "online")
@@ -164,6 +167,30 @@ def test_wandb_hanging_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert time.perf_counter() - began < 2, "nor does the end, for long"
     assert sum("W&B is off" in line for line in said) == 1
     released.set()
+
+
+def test_nobody_is_asked_for_a_key_at_a_terminal(tmp_path: Path) -> None:
+    """A launch that wants to be online, without a key, where a terminal is: its one line says what is missing."""
+    launch = "from mlm_dist.mirror import *; from pathlib import Path; import sys; one = Mirror(LogConfig(), "
+    launch += f"Path({str(tmp_path)!r}), print, 'online'); one.start({{}}, 0, []); one.finish(0, 30); print('over')"
+    here, terminal = os.openpty()
+    hidden = {name: os.environ[name] for name in os.environ if not name.startswith("WANDB")} | {"TERM": "xterm"}
+    command = [sys.executable, "-c", launch]
+    process = subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, cwd=ROOT, env=hidden | {"NETRC": "/dev/null"}
+    )
+    os.close(terminal)
+    said = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while more := os.read(here, 1000):
+            said += more
+            if b"Enter your choice" in said:
+                process.kill()
+    os.close(here)
+    process.wait()
+    assert (
+        b"W&B is off for this launch: No API key configured. Use `wandb login` to log in;" in said and b"over" in said
+    ), said.decode()
 
 
 def test_auto_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
