@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,7 +129,8 @@ class Tracker:
     def _progress(self, line: str) -> None:
         said.info(line)
         if sys.stdout.isatty():
-            put(f"\r\x1b[K{line}")
+            # cut: what goes on in a second row would stay there when the line is written anew
+            put(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
             self.line_open = True
         else:
             put(f"{line}\n")

@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,19 @@ def test_what_an_earlier_launch_logged_beyond_the_step_is_written_anew(tmp_path:
             main.log(step, NUMBERS | {"launch": first}, tokens=step)
         main.finish(0)
     assert [(r["step"], r["launch"]) for r in records(tmp_path)] == [(1, 0), (2, 0), (3, 2), (4, 2)]
+
+
+def test_the_progress_line_fits_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = Tracker(LogConfig(wandb="off"), tmp_path, is_main=True, total=lambda: 10_000)
+    main.start(0, {})
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "50")
+    main.log(3, NUMBERS, tokens=500)
+    main.finish(0)
+    [line] = terminal.getvalue().split("\r\x1b[K")[1:]
+    assert line.startswith("step 3/10000  loss 4.5000  lr 1.00e-03") and len(line) == 49
 
 
 @pytest.mark.parametrize(
