@@ -1,11 +1,14 @@
 """Secrets stay out of what a run writes: its folder, its checkpoints, W&B."""
 
+import json
 import re
 from typing import Any
 
+import yaml
+
 from mlm_dist.fetch import public
 
-TOKENS = ("api_token", "access_token", "hf_token", "hub_token")  # those of a text are none
+TOKENS = ("api_token", "access_token", "session_token", "hf_token", "hub_token")  # those of a text are none
 SECRET_WORDS = ("key", "secret", "password", "passwd", "credential", "auth", *TOKENS)
 REDACTED = "[redacted]"
 
@@ -22,11 +25,23 @@ def redact(content: Any, name: str = "") -> Any:
 
 
 def redact_text(text: str) -> str:
-    """The same for one text: a URL, or an override `a.b=value`."""
-    key, equals, _ = text.partition("=")
+    """The same for one text: a URL, or an override `a.b=value`, where the value may be a mapping or a list."""
+    key, equals, value = text.partition("=")
     if equals and sounds_secret(key):
         return f"{key}={REDACTED}"
+    if equals and (content := inline(value)) != (shown := redact(content)):
+        return f"{key}={json.dumps(shown, ensure_ascii=False, default=str)}"
     return re.sub(r"\w+://\S+", lambda url: public(url[0]), text)
+
+
+def inline(text: str) -> Any:
+    """The mapping or list that an override's value is; None for any other."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def sounds_secret(dotted: str) -> bool:

@@ -98,7 +98,7 @@ def test_no_secret_stands_in_a_run_folder(toy: Path, tmp_path: Path, monkeypatch
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
     assert planted.items() <= environment().items()
-    secrets = ("deepspeed.comet.api_key=PLANTED8", "log.name=https://me:PLANTED9@host/x")
+    secrets = ("deepspeed={comet: {api_key: PLANTED8}}", "log.name=https://me:PLANTED9@host/x")
     done = pretrain(toy, tmp_path / "run", "run.steps=4", "log.wandb=offline", "checkpoint.every_steps=2", *secrets)
     assert done.returncode == 0, done.stdout
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]

@@ -18,6 +18,13 @@ def test_secrets_of_a_configuration_are_left_out() -> None:
     ("text", "shown"),
     [
         ("deepspeed.comet.api_key=abc=d", "deepspeed.comet.api_key=[redacted]"),
+        (
+            "deepspeed={comet: {api_key: abc, project: p}}",
+            'deepspeed={"comet": {"api_key": "[redacted]", "project": "p"}}',
+        ),
+        ("data.sources={a: {shards: 'https://u:p@h/x'}}", 'data.sources={"a": {"shards": "https://h/x"}}'),
+        ("data.sources={a: {shards: x}}", "data.sources={a: {shards: x}}"),
+        ("a={b: [", "a={b: ["),
         ("data.shards=https://u:p@h/x", "data.shards=https://h/x"),
         ("--config", "--config"),
         ("run.steps=5", "run.steps=5"),
@@ -32,6 +39,6 @@ def test_what_is_left_out_is_known() -> None:
     held = {
         "a": [{"password": "one"}, {"lr": 1e-3}],
         "url": "https://me:two@host/x",
-        "b": {"api_key": "three", "c": "d"},
+        "b": {"api_key": "three", "c": "d", "AWS_SESSION_TOKEN": "four"},
     }
-    assert secrets_of(held) == {"one", "https://me:two@host/x", "three"}
+    assert secrets_of(held) == {"one", "https://me:two@host/x", "three", "four"}
