@@ -96,6 +96,11 @@ class Meter:
         self.host_sums["steps"] += 1
         self.host_sums["data_seconds"] += data_seconds
 
+    @property
+    def steps(self) -> int:
+        """Steps since the last report."""
+        return int(self.host_sums["steps"])
+
     def leave_out(self, seconds: float) -> None:
         """Don't count so much time (an evaluation, a save) as training."""
         self.started += seconds

@@ -303,6 +303,8 @@ def evaluate_now(run: Run, to_save: bool) -> None:
 def save(run: Run, wait: bool = True) -> None:
     """Save a checkpoint of the step that was just finished. wait: until it is complete, though it could be later."""
     if run.state.step > 0:
+        if run.meter.steps:  # the run ends between two lines: no later one would tell of these steps
+            report(run, optim.lr_at(run.config.optim, run.config.schedule, run.state.step - 1, run.state.total_steps))
         started = time.perf_counter()
         count_skips(run)
         saved = State(**vars(run.state))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import environment, metrics, pretrain, run, start_pretrain, wait_for
+from launching import ROOT, environment, metrics, overridden, pretrain, run, start_pretrain, wait_for
+from ranks import on_ranks
 
-from mlm_dist import checkpoint, mirror
+from mlm_dist import checkpoint, config, mirror, train, world
 from mlm_dist.mirror import run_id
+from mlm_dist.world import EXIT_STOPPED, StopFlag
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +86,31 @@ def test_a_run_that_is_killed_three_times_is_one_run_with_every_step(toy: Path, 
     newest_file = max(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     inspect = ["-m", "wandb", "leet", "inspect", "--json", str(newest_file)]
     assert f"{run_id(folder)}-model" in run(*inspect).stdout
+
+
+def stop_at_five(toy: Path, folder: Path) -> None:
+    """On this rank: a line each three steps; the other rank is told to stop before step 6, and the run goes on."""
+    cfg = config.load(ROOT / "configs/quickstart.yaml", overridden(toy, folder, "run.steps=9", "log.every_steps=3"))
+    take = train.take
+    with world.join(60) as here, StopFlag() as stop:
+
+        def told(run: train.Run) -> Any:
+            if run.state.step == 5 and here.rank == 1:
+                stop.signal_name = "SIGTERM"
+            return take(run)
+
+        train.take = told
+        assert train.train_on(cfg, here, stop) == EXIT_STOPPED
+        train.take, stop.signal_name = take, None
+        assert train.train_on(cfg, here, stop) == 0
+
+
+def test_the_steps_before_a_stop_are_told_too(toy: Path, tmp_path: Path) -> None:
+    on_ranks(2, stop_at_five, toy, tmp_path)
+    rate, seconds, tokens = (metrics(tmp_path, name) for name in ("tokens_per_second", "step_seconds", "tokens"))
+    assert list(rate) == [3, 5, 6, 9]
+    told = sum(rate[step] * seconds[step] * steps for step, steps in ((3, 3), (5, 2), (6, 1), (9, 3)))
+    assert told == pytest.approx(tokens[9]), "every step is in one line"
 
 
 def checkpoint_step(name: str) -> int:
