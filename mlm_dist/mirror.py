@@ -245,7 +245,7 @@ class History:
     @staticmethod
     def read(folder: Path) -> "History":
         history = History()
-        for path in sorted(folder.glob("wandb/*run-*/*.wandb")):  # named by time
+        for path in sorted(folder.glob("wandb/*run-*/*.wandb"), key=launched_at):
             for row in rows_of(path):
                 history.add(row)
         return history
@@ -256,6 +256,11 @@ class History:
         self.times.add(row.get("time"))
         step = int(row.get("step", 0))
         self.last_step = step if "rolled_back_to" in row else max(self.last_step, step)
+
+
+def launched_at(path: Path) -> str:
+    """When a launch began, by the name of its folder: run-20261125_001230-ID, or offline-run-... before the same."""
+    return path.parent.name.partition("run-")[2]
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:

@@ -78,6 +78,16 @@ def test_launches_go_on_in_one_run_and_fill_what_was_lost(tmp_path: Path) -> Non
     assert len({path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb")}) == 1 and ids <= {run_id(tmp_path)}
 
 
+def test_launches_are_read_in_order_whether_online_or_not(tmp_path: Path) -> None:
+    """The second of three was online: its folder has another name, and was rolled back by the third."""
+    for first, last in ((0, 3), (3, 8), (5, 6)):
+        launch(tmp_path, first, last)
+        [newest] = tmp_path.glob("wandb/offline-run-2*")
+        where = "run" if first == 3 else "offline-run"
+        newest.rename(tmp_path / "wandb" / f"{where}-1999010{first}_000000-{run_id(tmp_path)}")
+    assert (History.read(tmp_path).last_step, History.read(tmp_path).launches) == (6, 3)
+
+
 def test_a_torn_file_is_read_up_to_the_tear(tmp_path: Path) -> None:
     launch(tmp_path, 0, 2000)
     [path] = tmp_path.glob("wandb/offline-run-*/*.wandb")
