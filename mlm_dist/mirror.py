@@ -23,6 +23,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from mlm_dist.manifest import replace_file
 from mlm_dist.redaction import redact, redact_text
+from mlm_dist.run_folder import DIFF
 from mlm_dist.schema import setting
 
 MOST_WAITING = 10_000  # tasks for W&B; with one that never answers, what comes after them is dropped
@@ -163,6 +164,8 @@ class Mirror:
         self.row = max(history.next_row, self.run.step or 0)
         self.launch = history.launches + 1
         self.run.define_metric("*", step_metric="step")
+        if log.log_diff:  # W&B's own would come with what it tells of the machine
+            self.run.save(str(self.folder / DIFF), base_path=str(self.folder), policy="now")
         place = self.run.url if self.mode == "online" else self.folder / "wandb"
         self.say(f"W&B: {self.mode} run {self.run.id}, {place}")
         if history.last_step > step:

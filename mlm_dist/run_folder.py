@@ -18,6 +18,7 @@ from mlm_dist.schema import ConfigError
 from mlm_dist.world import World
 
 GIT_SECONDS = 10.0
+DIFF = "diff.patch"
 
 LIBRARIES = ("torch", "deepspeed", "webdataset", "transformers", "tokenizers", "wandb", "numpy")
 
@@ -90,7 +91,7 @@ def write_inputs(folder: Path, deepspeed_json: dict[str, Any], facts: Mapping[st
     for name, content in said.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     if diff:
-        (folder / "diff.patch").write_text(git("diff", "HEAD") or "")
+        (folder / DIFF).write_text(git("diff", "HEAD") or "")
     return said
 
 

@@ -120,6 +120,17 @@ def test_tables_alerts_and_artifacts_are_recorded(tmp_path: Path) -> None:
     assert b"PRIVATE" not in held, "a reference, not the contents"
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_diff_goes_along_where_it_was_asked_for(tmp_path: Path, asked: bool) -> None:
+    (tmp_path / "diff.patch").write_text("+ a line")
+    one = Mirror(LogConfig(wandb="offline", log_diff=asked), tmp_path, print, "offline")
+    one.start({}, 0, [])
+    one.finish(0, 60)
+    sent = [path.read_text() for path in tmp_path.glob("wandb/offline-run-*/files/diff.patch")]
+    assert sent == ["+ a line"] * asked
+    assert ("diff.patch" in json.dumps([row for row in inspected(tmp_path) if row["type"] == "files"])) == asked
+
+
 class Stub:
     """In place of wandb's run."""
 
