@@ -95,14 +95,20 @@ class StepSums:
 
 
 class Skips(NamedTuple):
-    """Skipped steps, in all and in a row up to the last step; tensors at stage 0, where reading them waits."""
+    """Skipped steps: all, the faults among them, those in a row up to the last step.
+
+    Tensors at stage 0, where reading them waits.
+    """
 
     total: torch.Tensor | int
+    faults: torch.Tensor | int
     in_a_row: torch.Tensor | int
 
     def after(self, skipped: torch.Tensor | bool, counts: bool) -> "Skips":
         """One step later. counts: a skip is a fault, and adds to the row."""
-        return Skips(self.total + skipped, (self.in_a_row + 1) * skipped if counts else 0)
+        if not counts:
+            return Skips(self.total + skipped, self.faults, 0)
+        return Skips(self.total + skipped, self.faults + skipped, (self.in_a_row + 1) * skipped)
 
 
 class CheckpointFiles(TorchCheckpointEngine):
@@ -223,7 +229,7 @@ class Engine:
         model = model.to(world.device)
         optimizer = optim.build(optim_config, model)
         self.norm: torch.Tensor | None = None
-        self.skips = Skips(0, 0)
+        self.skips = Skips(0, 0, 0)
         self.watches = {part: Stopwatch(world.device) for part in PARTS}  # `data` is the loop's to run
         if clips_itself(config, self.precision):
             optimizer.register_step_pre_hook(lambda *_: self._clip(config.clip))

@@ -261,13 +261,13 @@ def report(run: Run, lr: float) -> None:
 
 
 def count_skips(run: Run) -> None:
-    """Move the engine's count of skipped steps to the state, and say so where there were any. Waits for the device."""
+    """Move the count of skipped steps from the engine to the state, and tell of the faults. Waits for the device."""
     skips, state = run.engine.skips, run.state
-    run.engine.skips = skips._replace(total=0)
+    run.engine.skips = skips._replace(total=0, faults=0)
     state.skipped_steps += int(skips.total)
-    if int(skips.total):
+    if int(skips.faults):
         text = (
-            f"{int(skips.total)} of the steps up to step {state.step} had gradients that are not finite on some rank "
+            f"{int(skips.faults)} of the steps up to step {state.step} had gradients that are not finite on some rank "
             f"and were skipped; {state.skipped_steps} in all"
         )
         run.tracker.alert("skipped steps", text, state.step)

@@ -1,5 +1,6 @@
 """Checkpoints of what isn't plain fp32: bf16, the optimizer in host memory, and fp16 at the end of its loss scale."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -121,5 +122,7 @@ def test_fp16_at_its_lowest_scale_ends_a_run_that_only_overflows(
     for stage in STAGES:
         skipped = metrics(tmp_path / str(stage), "skipped_steps")
         assert max(skipped) == 10 and skipped[10] == 6 and skipped[4] == 0
+        alerts = (tmp_path / str(stage) / "alerts.jsonl").read_text().splitlines()
+        assert json.loads(alerts[0])["step"] == 7, "what lowers the scale is counted, and no alert"
         weights = checkpoint.full_weights(checkpoint.find(tmp_path / str(stage)))
         assert all(weight.isfinite().all() for weight in weights.values())
