@@ -49,10 +49,10 @@ class Alerts:
             self.last[kind] = now
             if more := self.kept_back.pop(kind, 0):
                 text += f" ({more} more since the last alert of this kind)"
+            self.send(kind, text, level)  # first: that the disk is full is what it may tell
             record = {"step": step, "time": round(time.time(), 3), "level": level, "title": kind, "text": text}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        self.send(kind, text, level)
 
 
 class Slowdown:

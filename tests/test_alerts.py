@@ -45,6 +45,14 @@ def test_failures_are_left_for_others_to_print(tmp_path: Path) -> None:
     assert said == [] and "it broke" in (tmp_path / "alerts.jsonl").read_text()
 
 
+def test_what_can_t_be_written_is_sent_all_the_same(tmp_path: Path) -> None:
+    sent: list[str] = []
+    one = Alerts(tmp_path / "absent", print, lambda title, text, level: sent.append(text))
+    with pytest.raises(OSError):
+        one.tell("failed", "no space left", 7, "ERROR", always=True)
+    assert sent == ["no space left"]
+
+
 def test_throughput_that_falls_by_a_third_and_stays_there_is_told_once() -> None:
     watch = Slowdown()
     assert all(watch.usual(100.0) is None for _ in range(RATES_COMPARED))
