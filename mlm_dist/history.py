@@ -63,7 +63,8 @@ class History:
 def read(folder: Path) -> History:
     """Read a run folder. Raises ConfigError where there is none, or where no training has begun in it."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} doesn't exist; give the folder of a run, its run.dir")
+        wrong = "is no folder" if folder.exists() else "doesn't exist"
+        raise ConfigError(f"{folder} {wrong}; give the folder of a run, its run.dir")
     if not (folder / "metrics.jsonl").is_file():
         raise ConfigError(f"{folder} has no metrics.jsonl; give the folder of a run that has begun to train")
     history = History(folder.resolve().name, folder)

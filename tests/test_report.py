@@ -399,6 +399,7 @@ def test_refusals_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folders, out, said in (
         ([tmp_path / "none"], tmp_path / "x.html", "none doesn't exist; give the folder of a run"),
+        ([folder / "metrics.jsonl"], tmp_path / "x.html", "metrics.jsonl is no folder; give the folder of a run"),
         ([folder, tmp_path / "empty"], tmp_path / "x.html", "empty has no metrics.jsonl"),
         ([folder], tmp_path / "no/x.html", "x.html can't be written (No such file or directory); give another --out"),
         ([folder], tmp_path, "can't be written"),
