@@ -12,6 +12,7 @@ Reading order is import order: a module imports only modules above it in this li
     vocab        the tokenizer: train, load, save; special ids
     fetch        bytes from http or an object store: ranges, stalls, attempts
     redaction    secrets stay out of what a run writes
+    logs         each rank's log file; quiet libraries
     manifest     what every file of a split must hold: counts, checksums, places of the records
     samples      text in ordinary WebDataset tars: members, samples, the text of each
     cache        a bounded folder of fetched files that a machine's processes share
@@ -33,7 +34,6 @@ Reading order is import order: a module imports only modules above it in this li
     metrics      sums -> numbers; one reduction per report
     predictions  what the model puts in the place of masks in a few held-out texts
     run_folder   the folder of a run: its lock, how the run stands, what it came from and ran on
-    logs         each rank's log file; quiet libraries
     mirror       the run in W&B, on a thread of its own
     alerts       what someone should hear of who isn't looking
     tracker      console, metrics.jsonl and its mirror, alerts

@@ -18,6 +18,7 @@ import torch
 
 from mlm_dist.cursor import Progress, Stand
 from mlm_dist.engine import StepSums
+from mlm_dist.logs import said
 from mlm_dist.pace import PARTS, SlowRank, slowest
 from mlm_dist.packing import SPECIALS_PER_PIECE
 from mlm_dist.stream import Batch
@@ -114,6 +115,8 @@ class Meter:
         now = time.perf_counter()
         mine = on_device | self.host_sums | self._of_sources() | {f"time/{part}": parts[part] for part in PARTS}
         mine |= {"seconds": now - self.started, "memory": peak_memory(self.world.device)}
+        # the waits of one rank stand in its own log: there may be a thousand
+        said.info("waited for data for %.3f of %.3f s", mine["data_seconds"], mine["seconds"])
         by_rank = gather(self.world, mine)
         sums = {name: math.fsum(values) for name, values in by_rank.items()}
         numbers = {name: metric(sums) for name, metric in METRICS.items()}

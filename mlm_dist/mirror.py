@@ -218,9 +218,10 @@ def has_key() -> bool:
     """Whether this machine is logged in to W&B: by WANDB_API_KEY, or by what `wandb login` writes to the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     try:
-        return host is not None and netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        logins = netrc(os.environ.get("NETRC")).hosts
+        return server.netloc in logins or server.hostname in logins  # with a port or without
     except (OSError, NetrcParseError):
         return False
 

@@ -295,7 +295,8 @@ def evaluate_now(run: Run, to_save: bool) -> None:
     with run.tracker.noting():
         run.tracker.show(picker.record(run.world, run.folder, state.step, state.tokens), state.step, state.tokens)
     state.valid_loss = numbers["loss"]
-    if to_save and (state.best is None or state.valid_loss < state.best["loss"]):
+    lowest = state.best["loss"] if state.best else float("inf")
+    if to_save and state.valid_loss < lowest:  # never one that isn't a number
         state.best = {"step": state.step, "loss": state.valid_loss}
     run.meter.leave_out(time.perf_counter() - started)
 

@@ -1,6 +1,7 @@
 """What a run on two ranks logs, against the same computed plainly from what its ranks saw."""
 
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -254,3 +255,11 @@ def test_times_and_memory(ranks: list[dict[str, Any]], folder: Path) -> None:
         assert 0.02 < told["slowest_rank_lag"][step] * seconds < 0.08
         largest = max(rank["memory"] for rank in ranks) / 1e9
         assert 0.5 * largest < told["memory_gb"][step] <= largest
+
+
+def test_each_rank_tells_its_own_wait_for_data_in_its_log(ranks: list[dict[str, Any]], folder: Path) -> None:
+    for rank, wait in enumerate(WAITS):
+        said = (folder / "run" / "logs" / f"rank_{rank:05d}.log").read_text()
+        waits = [float(seconds) for seconds in re.findall(r"waited for data for (\S+) of", said)]
+        assert len(waits) == STEPS // EVERY
+        assert all(EVERY * wait <= waited < EVERY * (wait + 0.03) for waited in waits)

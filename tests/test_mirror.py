@@ -222,6 +222,11 @@ def test_auto_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123\n")
     (tmp_path / "netrc").chmod(0o600)
     assert wandb_mode(LogConfig()) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example:8080")
+    assert wandb_mode(LogConfig()) == "offline"
+    for host in ("wandb.example", "wandb.example:8080"):
+        (tmp_path / "netrc").write_text(f"machine {host} login user password 0123\n")
+        assert wandb_mode(LogConfig()) == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert wandb_mode(LogConfig()) == "offline"
     assert wandb_mode(LogConfig(wandb="off")) == "disabled"
