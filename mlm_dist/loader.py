@@ -1,6 +1,10 @@
 """Worker processes: each reads its share of a rank's lanes ahead of training and hands over blocks of rows."""
 
+import multiprocessing
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +21,7 @@ from mlm_dist.signals import STOP_SIGNALS
 BLOCKS_AHEAD = 8
 # Several rows of a lane are written out at a time, as far as a block then holds no more positions than this: 1 MB.
 MOST_ROUNDS, BLOCK_POSITIONS = 8, 2**18
+LOOK_EVERY_SECONDS = 1.0
 
 
 class LaneBlocks(IterableDataset):
@@ -94,6 +99,15 @@ def shield(worker: int) -> None:
     """Set up a worker process. The parent decides when it ends: a signal to the whole group must not end it first."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this process soon after its parent, however that was killed: torch's would wait for ever to be read from."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and os.getppid() == parent.pid:
+        time.sleep(LOOK_EVERY_SECONDS)
+    os._exit(1)
 
 
 def unchanged(block: Any) -> Any:

@@ -678,6 +678,33 @@ def test_an_exception_on_its_way_does_not_keep_the_workers(manifest):
     assert not children()
 
 
+def test_a_killed_rank_leaves_no_workers(manifest):
+    """Blocks that fill the pipe, which nobody reads any more and which the worker itself keeps open."""
+    batch = BatchConfig(seq_len=2048, global_rows=4, micro_rows=4)
+    here, there = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        batches = train_batches(manifest, VOCAB, data_config(workers=2), batch, SEED, 0, 1)
+        next(batches)
+        time.sleep(0.5)
+        os.write(there, json.dumps([child.pid for child in children()]).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(rank, 0)
+    workers = json.loads(os.read(here, 1000))
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, "the workers of a killed rank are there still"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"  # what ended may wait for init
+    except FileNotFoundError:
+        return False
+
+
 def test_signals_to_the_group_leave_the_workers_alone(manifest, reference):
     with open_rank(manifest, 0, 1, 4, workers=2) as batches:
         taken = rows_of(next(batches))
