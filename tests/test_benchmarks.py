@@ -51,3 +51,42 @@ def test_the_checkpoint_benchmark_measures_both_kinds_of_save(tmp_path: Path) ->
         assert line["step_seconds"] > 0
     assert lines[1]["stall_seconds"] == lines[1]["complete_after_seconds"] and lines[1]["steps_beside_a_write"] == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def throughput(folder: Path, *options: object) -> list[dict]:
+    """The lines of a short run on a tiny shape."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 9))) for _ in range(200)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(50, 500))) for _ in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "scratch").mkdir()
+    shape = ["--layers", 2, "--width", 32, "--heads", 1, "--mlp-width", 48, "--vocab-size", 300]
+    shape += ["--row-tokens", 32, "--rows", 2, "--ranks", 2, "--rounds", 1, "--steps", 8, "--repeats", 2]
+    command = [sys.executable, ROOT / "benchmarks" / "throughput.py", "--text", folder / "text.jsonl", *shape, *options]
+    command += ["--scratch", folder / "scratch"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((folder / "scratch").iterdir()) == []
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["benchmark"] for line in lines} == {"throughput"}
+    return lines[1:]
+
+
+@pytest.mark.slow
+def test_the_throughput_benchmark_measures_training_and_its_limit(tmp_path: Path) -> None:
+    ours, limit, our_summary, limit_summary = throughput(tmp_path, "--only", "mlm_dist", "limit")
+    assert ours["system"] == our_summary["system"] == "mlm_dist" and ours["steps"] == 8
+    assert limit["system"] == limit_summary["system"] == "limit"
+    assert 0 < ours["tokens_per_second"] < limit["tokens_per_second"]
+    assert 0.2 < ours["mask_rate"] < 0.4 and ours["loss"] > 0 and 0 <= ours["data_wait"] < 1
+    assert our_summary["share_of_limit"] == pytest.approx(
+        ours["tokens_per_second"] / limit["tokens_per_second"], abs=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_not_there_is_told_and_the_throughput_benchmark_goes_on(tmp_path: Path) -> None:
+    peers = ["--peers", tmp_path / "no-python"]
+    *skipped, limit, _ = throughput(tmp_path, "--only", "modernbert", "mlm-pytorch", "limit", *peers)
+    assert [line["skipped"].count("no-python") for line in skipped] == [1, 1]
+    assert limit["tokens_per_second"] > 0
