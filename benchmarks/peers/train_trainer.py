@@ -123,6 +123,8 @@ def main() -> None:
         remove_unused_columns=False,
         # every parameter is used: without the default's search for others
         ddp_find_unused_parameters=False,
+        # BertForMaskedLM returns a mean already, which Trainer would multiply by the number of ranks
+        average_tokens_across_devices=False,
     )
     assert arguments.world_size == task.ranks and arguments.gradient_accumulation_steps == 1
     trainer = Trainer(model, arguments, data_collator=collator, train_dataset=Rows(task), callbacks=[Watch(clock)])
