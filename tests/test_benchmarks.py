@@ -57,7 +57,7 @@ def throughput(folder: Path, *options: object) -> list[dict]:
     """The lines of a short run on a tiny shape."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 9))) for _ in range(200)]
-    texts = [" ".join(draw.choices(words, k=draw.randint(50, 500))) for _ in range(60)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(50, 500))) for _ in range(300)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "scratch").mkdir()
     shape = ["--layers", 2, "--width", 32, "--heads", 1, "--mlp-width", 48, "--vocab-size", 300]

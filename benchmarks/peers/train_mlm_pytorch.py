@@ -22,6 +22,7 @@ def build(task: Task) -> MLM:
         max_seq_len=task.row_tokens,
         use_abs_pos_emb=False,
         tie_embedding=True,
+        tie_embedding_scale=1.0,  # by default logits are so small that the loss hardly falls at this learning rate
         attn_layers=Encoder(
             dim=task.width,
             depth=task.layers,
