@@ -25,6 +25,7 @@ Reading order is import order: a module imports only modules above it in this li
     loader       worker processes that read lanes ahead
     stream       lanes -> batches, with the cursor that stands after each
     masking      which tokens, and what replaces them; keyed, stateless, on the device
+    linear_loss  a linear layer and its cross entropy in one, on a CPU
     mlm          MLM: the wrapper around any transformer; returns the loss, and on request its sums
     encoder      the fast encoder (ModernBERT architecture)
     huggingface  encoder <-> transformers: names, configs, weights of a local folder

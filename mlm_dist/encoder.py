@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from mlm_dist.linear_loss import linear_cross_entropy
 from mlm_dist.schema import ConfigError, setting
 
 VOCAB_MULTIPLE = 64  # matrix kernels are fastest on whole tiles
@@ -237,18 +238,29 @@ class Trunk(nn.Module):
         return contexts
 
 
-class Head(nn.Module):
-    """Hidden states (..., d) -> logits (..., V)."""
+class Decoder(nn.Linear):
+    """(..., d) -> logits (..., V); given labels (N,) and the one that is ignored, (N, d) -> `linear_cross_entropy`."""
 
-    def __init__(self, config: EncoderConfig, decoder: nn.Linear) -> None:
+    def forward(self, x: Tensor, labels: Tensor | None = None, ignored: int = 0) -> Any:
+        if labels is None:
+            return super().forward(x)
+        return linear_cross_entropy(x, self.weight, self.bias, labels, ignored)
+
+
+class Head(nn.Module):
+    """Hidden states (..., d) -> what `Decoder` makes of them."""
+
+    takes_labels = True
+
+    def __init__(self, config: EncoderConfig, decoder: Decoder) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.width, bias=False)
         self.norm = norm(config)
         # called here, but a child of the Encoder, so that it has the name that transformers gives it
         self.__dict__["decoder"] = decoder
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.dense(hidden))))
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, ignored: int = 0) -> Any:
+        return self.decoder(self.norm(F.gelu(self.dense(hidden))), labels, ignored)
 
 
 class Encoder(nn.Module):
@@ -267,7 +279,7 @@ class Encoder(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.model = Trunk(config, padded(vocab_size))
-        self.decoder = nn.Linear(config.width, padded(vocab_size))
+        self.decoder = Decoder(config.width, padded(vocab_size))
         self.head = Head(config, self.decoder)
         if config.tie:
             self.decoder.weight = self.model.embeddings.tok_embeddings.weight

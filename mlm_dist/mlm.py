@@ -20,7 +20,11 @@ class SplitHead(Protocol):
         """ids (B, T) -> hidden states (B, T, d)."""
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states (N, d) -> logits (N, V)."""
+        """Hidden states (N, d) -> logits (N, V).
+
+        With an attribute `takes_labels` it is also called as head(hidden, labels, ignored), fp32 on a CPU, and returns
+        what `linear_loss.linear_cross_entropy` does.
+        """
 
 
 def has_split_head(transformer: nn.Module) -> bool:
@@ -151,29 +155,42 @@ class MLM(nn.Module):
                 f"{tuple(row_keys.shape)}"
             )
         masked = self.masker(seq, row_keys, self.mask_prob if rate is None else rate, kwargs.get("segments"))
-        logits = self.target_logits(masked, **kwargs)  # (B * K, V)
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        labels = masked.labels.flatten()
-        reduction = "none" if details else "sum"
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction=reduction)
+        if not details and self.head_takes_labels(seq):
+            loss, correct = self.of_targets(masked, masked.labels.flatten(), IGNORED_LABEL, **kwargs)
+            more = {}
+        else:
+            loss, correct, more = self.losses(self.of_targets(masked, **kwargs), masked)
         if not sums:
-            return loss.sum() / masked.targets.clamp(min=1)
-        more = {}
-        if details:
-            more = {"shown": masked.ids, "positions": masked.positions, "labels": masked.labels}
-            more |= {"losses": loss.view_as(masked.labels), "logits": logits}
-        return more | {
-            "loss": loss.sum(),
+            return loss / masked.targets.clamp(min=1)
+        return (more if details else {}) | {
+            "loss": loss,
             "targets": masked.targets,
-            "correct": (logits.argmax(dim=-1) == labels).sum(),
+            "correct": correct,
             "by_mask": masked.by_mask,
             "by_random": masked.by_random,
             "kept": masked.kept,
         }
 
-    def target_logits(self, masked: Masked, **kwargs: Any) -> Tensor:
-        """The transformer's logits (B * K, V) in the slots for targets."""
+    def head_takes_labels(self, seq: Tensor) -> bool:
+        """Whether the head makes the loss itself: where there is something to train on, in fp32 on a CPU."""
+        if not (has_split_head(self.transformer) and getattr(self.transformer.head, "takes_labels", False)):
+            return False
+        weight = next(self.transformer.parameters())
+        in_fp32 = weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return weight.device.type == "cpu" and in_fp32 and torch.is_grad_enabled() and seq.numel() > 0
+
+    def losses(self, logits: Tensor, masked: Masked) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum of the losses, number that is right, and `details` of logits (B * K, V)."""
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        labels = masked.labels.flatten()
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
+        details = {"shown": masked.ids, "positions": masked.positions, "labels": masked.labels}
+        details |= {"losses": losses.view_as(masked.labels), "logits": logits}
+        return losses.sum(), (logits.argmax(dim=-1) == labels).sum(), details
+
+    def of_targets(self, masked: Masked, *labels: Any, **kwargs: Any) -> Any:
+        """The transformer's logits (B * K, V) in the slots for targets, or what its head makes of `labels` there."""
         rows, row_tokens = masked.ids.shape
         if rows * row_tokens == 0:
             return self.no_logits()
@@ -181,7 +198,7 @@ class MLM(nn.Module):
         index = (masked.positions + first).flatten()  # (B * K,) into (B * T,)
         if has_split_head(self.transformer):
             hidden = self.transformer.hidden_states(masked.ids, **kwargs)  # (B, T, d)
-            return self.transformer.head(hidden.flatten(0, 1)[index])
+            return self.transformer.head(hidden.flatten(0, 1)[index], *labels)
         logits = logits_of(self.transformer(masked.ids, **kwargs))  # (B, T, V)
         if logits.shape[:-1] != masked.ids.shape:
             raise ValueError(

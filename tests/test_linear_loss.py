@@ -1,0 +1,47 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mlm_dist.linear_loss import ROWS_TOGETHER, linear_cross_entropy
+from mlm_dist.masking import IGNORED_LABEL
+
+
+def operands(rows: int, ignored: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (rows, 70))
+    bias = torch.randn(70, generator=generator).requires_grad_()
+    labels = torch.randint(70, (rows,), generator=generator)
+    labels[torch.randperm(rows, generator=generator)[:ignored]] = IGNORED_LABEL
+    return x, weight, bias, labels
+
+
+@pytest.mark.parametrize(
+    ("rows", "ignored"),
+    [(1, 0), (ROWS_TOGETHER, 5), (2 * ROWS_TOGETHER + 1, 40), (ROWS_TOGETHER + 9, ROWS_TOGETHER + 9), (0, 0)],
+)
+def test_loss_and_gradients_are_those_of_the_logits(rows: int, ignored: int) -> None:
+    *leaves, labels = operands(rows, ignored)
+    loss, correct = linear_cross_entropy(*leaves, labels, IGNORED_LABEL)
+    logits = F.linear(*leaves)
+    plain = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    assert correct == (logits.argmax(dim=1) == labels).sum()
+    torch.testing.assert_close(loss, plain)
+    found, expected = (torch.autograd.grad(3 * sum_, leaves, retain_graph=True) for sum_ in (loss, plain))
+    torch.testing.assert_close(found, expected)
+    again = torch.autograd.grad(3 * loss, leaves)
+    assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True)), "a second backward pass"
+
+
+def test_a_large_logit_overflows_nothing() -> None:
+    x, weight = torch.tensor([[300.0], [300.0]]), torch.tensor([[1.0], [-1.0], [0.5]])
+    x.requires_grad_()
+    loss, correct = linear_cross_entropy(x, weight, torch.zeros(3), torch.tensor([0, 1]), IGNORED_LABEL)
+    loss.backward()
+    assert loss == 600 and correct == 1 and x.grad.isfinite().all()
+
+
+def test_a_logit_that_is_not_a_number_shows() -> None:
+    *leaves, labels = operands(4, 0)
+    with torch.no_grad():
+        leaves[0][2, 3] = torch.nan
+    assert linear_cross_entropy(*leaves, labels, IGNORED_LABEL)[0].isnan()
