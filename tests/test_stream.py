@@ -678,19 +678,25 @@ def test_an_exception_on_its_way_does_not_keep_the_workers(manifest):
     assert not children()
 
 
-def test_a_killed_rank_leaves_no_workers(manifest):
-    """Blocks that fill the pipe, which nobody reads any more and which the worker itself keeps open."""
+def be_killed_with_workers(shards: Path, told: Path) -> None:
+    """A rank whose workers' blocks fill their pipes, which nobody reads then and which they keep open themselves."""
     batch = BatchConfig(seq_len=2048, global_rows=4, micro_rows=4)
-    here, there = os.pipe()
-    rank = os.fork()
-    if rank == 0:
-        batches = train_batches(manifest, VOCAB, data_config(workers=2), batch, SEED, 0, 1)
-        next(batches)
-        time.sleep(0.5)
-        os.write(there, json.dumps([child.pid for child in children()]).encode())
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(rank, 0)
-    workers = json.loads(os.read(here, 1000))
+    batches = train_batches(load_manifest(shards), VOCAB, data_config(workers=2), batch, SEED, 0, 1)
+    next(batches)
+    time.sleep(0.5)
+    told.write_text(json.dumps([child.pid for child in children()]))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_rank_leaves_no_workers(manifest, tmp_path):
+    # not forked: the threads of this process's torch would be missing there
+    rank = multiprocessing.get_context("spawn").Process(
+        target=be_killed_with_workers, args=(manifest.path, tmp_path / "workers")
+    )
+    rank.start()
+    rank.join(60)
+    assert rank.exitcode == -signal.SIGKILL
+    workers = json.loads((tmp_path / "workers").read_text())
     assert len(workers) == 2
     deadline = time.monotonic() + 10
     while any(is_running(pid) for pid in workers):
