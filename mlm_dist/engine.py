@@ -279,8 +279,8 @@ class Engine:
         return None if norm is None else float(norm)
 
     def numbers(self) -> dict[str, float | None]:
-        """What is logged of the last step: `grad_norm`, and what fp16 multiplies the loss by now as `loss_scale`."""
-        numbers = {"grad_norm": self.grad_norm()}
+        """What is logged of the last step: `lr`, `grad_norm`, and what fp16 scales the loss by now as `loss_scale`."""
+        numbers = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.grad_norm()}
         return numbers | ({"loss_scale": self.deepspeed.optimizer.loss_scale} if self.precision == "fp16" else {})
 
     def seconds(self) -> dict[str, float]:

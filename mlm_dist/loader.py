@@ -1,10 +1,6 @@
 """Worker processes: each reads its share of a rank's lanes ahead of training and hands over blocks of rows."""
 
-import multiprocessing
-import os
 import signal
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,13 +11,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from mlm_dist.lanes import Planned, Rows
 from mlm_dist.manifest import ShardError
 from mlm_dist.mixture import LaneTaps, Mixture, places_in
-from mlm_dist.signals import STOP_SIGNALS
+from mlm_dist.signals import STOP_SIGNALS, end_with_parent
 
 # A lane's next window takes some 10 ms; lanes need theirs at nearly the same time. This many blocks bridge that.
 BLOCKS_AHEAD = 8
 # Several rows of a lane are written out at a time, as far as a block then holds no more positions than this: 1 MB.
 MOST_ROUNDS, BLOCK_POSITIONS = 8, 2**18
-LOOK_EVERY_SECONDS = 1.0
 
 
 class LaneBlocks(IterableDataset):
@@ -96,18 +91,13 @@ def plan(lanes: list[LaneTaps], rounds: int) -> tuple[list[Planned], ShardError 
 
 
 def shield(worker: int) -> None:
-    """Set up a worker process. The parent decides when it ends: a signal to the whole group must not end it first."""
+    """Set up a worker process. The parent decides when it ends: a signal to the whole group must not end it first.
+
+    Where the parent was killed, torch's own would wait for ever for its blocks to be read.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """End this process soon after its parent, however that was killed: torch's would wait for ever to be read from."""
-    parent = multiprocessing.parent_process()
-    while parent is not None and os.getppid() == parent.pid:
-        time.sleep(LOOK_EVERY_SECONDS)
-    os._exit(1)
+    end_with_parent()
 
 
 def unchanged(block: Any) -> Any:

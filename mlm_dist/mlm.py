@@ -155,14 +155,18 @@ class MLM(nn.Module):
                 f"{tuple(row_keys.shape)}"
             )
         masked = self.masker(seq, row_keys, self.mask_prob if rate is None else rate, kwargs.get("segments"))
+        labels, more = masked.labels.flatten(), {}
         if not details and self.head_takes_labels(seq):
-            loss, correct = self.of_targets(masked, masked.labels.flatten(), IGNORED_LABEL, **kwargs)
-            more = {}
+            loss, correct = self.of_targets(masked, labels, IGNORED_LABEL, **kwargs)
         else:
-            loss, correct, more = self.losses(self.of_targets(masked, **kwargs), masked)
+            logits, losses = self.losses(masked, labels, "none" if details else "sum", **kwargs)
+            loss, correct = losses.sum(), (logits.argmax(dim=-1) == labels).sum() if sums else None
+            if details:
+                more = {"shown": masked.ids, "positions": masked.positions, "labels": masked.labels}
+                more |= {"losses": losses.view_as(masked.labels), "logits": logits}
         if not sums:
             return loss / masked.targets.clamp(min=1)
-        return (more if details else {}) | {
+        return more | {
             "loss": loss,
             "targets": masked.targets,
             "correct": correct,
@@ -179,15 +183,12 @@ class MLM(nn.Module):
         in_fp32 = weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         return weight.device.type == "cpu" and in_fp32 and torch.is_grad_enabled() and seq.numel() > 0
 
-    def losses(self, logits: Tensor, masked: Masked) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum of the losses, number that is right, and `details` of logits (B * K, V)."""
+    def losses(self, masked: Masked, labels: Tensor, reduction: str, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The transformer's logits (B * K, V) in the slots for targets, in fp32 at least, and their cross entropy."""
+        logits = self.of_targets(masked, **kwargs)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        labels = masked.labels.flatten()
-        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
-        details = {"shown": masked.ids, "positions": masked.positions, "labels": masked.labels}
-        details |= {"losses": losses.view_as(masked.labels), "logits": logits}
-        return losses.sum(), (logits.argmax(dim=-1) == labels).sum(), details
+        return logits, F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction=reduction)
 
     def of_targets(self, masked: Masked, *labels: Any, **kwargs: Any) -> Any:
         """The transformer's logits (B * K, V) in the slots for targets, or what its head makes of `labels` there."""

@@ -1,5 +1,7 @@
-"""What tells a run to stop, heard also while the process waits inside a library, where Python runs no handler."""
+"""What tells a process to end: signals, heard also while it waits inside a library, where Python runs no handler; and
+the end of the process that started it."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -25,3 +27,15 @@ def hear(act: Callable[[int], object]) -> Callable[[], None]:
 
     threading.Thread(target=listen, name="signals", daemon=True).start()
     return end
+
+
+def end_with_parent() -> None:
+    """Have this process, started by multiprocessing, end when its parent does, however that came about."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -169,7 +169,7 @@ def loop(run: Run, stop: StopFlag) -> int:
         to_evaluate = bool(run.valid) and (last or state.step % cfg.evaluate.every_steps == 0)
         to_save = last or state.step % cfg.checkpoint.every_steps == 0
         if to_evaluate or to_save or state.step % cfg.log.every_steps == 0:
-            report(run, lr)
+            report(run)
             in_a_row = int(run.engine.skips.in_a_row)
             if in_a_row >= cfg.engine.max_non_finite_steps:
                 text = f"the last {in_a_row} steps were skipped: the run ends, the last checkpoint stands"
@@ -250,9 +250,9 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
         run.tracker.say(f"{hours} hours are {state.total_steps:,} steps at {per_step:.3f} s each")
 
 
-def report(run: Run, lr: float) -> None:
+def report(run: Run) -> None:
     """Log what the steps since the last report came to, and count those that were skipped."""
-    numbers = run.meter.report(run.engine.seconds()) | {"lr": lr} | run.engine.numbers()
+    numbers = run.meter.report(run.engine.seconds()) | run.engine.numbers()
     count_skips(run)
     numbers |= {"skipped_steps": run.state.skipped_steps} | bad_shard_numbers(run.bad_shards)
     run.tracker.log(run.state.step, numbers, run.state.tokens)
@@ -305,9 +305,8 @@ def save(run: Run, wait: bool = True) -> None:
     """Save a checkpoint of the step that was just finished. wait: until it is complete, though it could be later."""
     if run.state.step > 0:
         if run.meter.steps:  # the run ends between two lines: no later one would tell of these steps
-            report(run, optim.lr_at(run.config.optim, run.config.schedule, run.state.step - 1, run.state.total_steps))
+            report(run)
         started = time.perf_counter()
-        count_skips(run)
         saved = State(**vars(run.state))
         saved.cursor = merge_cursors(run.world.gather(run.state.cursor))
         run.saver.save(saved)
