@@ -9,12 +9,6 @@ ranks=()
 if [ "${DS_ACCELERATOR:-}" = cpu ] || ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
     cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
     export DS_ACCELERATOR=cpu
-    # glibc gives large blocks back to the system when they are freed, and the system clears their pages anew each time:
-    # a tenth of a step. Kept, and in huge pages, unless the user has settings of their own.
-    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}
-    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
-    export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
-    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
     ranks=(--num_gpus "${CPU_RANKS:-$((cores < 2 ? 1 : 2))}")
 fi
 exec "$python" -m deepspeed.launcher.runner --log_level error --master_port "$port" "${ranks[@]}" "$@"
