@@ -30,7 +30,8 @@ Reading order is import order: a module imports only modules above it in this li
     encoder      the fast encoder (ModernBERT architecture)
     huggingface  encoder <-> transformers: names, configs, weights of a local folder
     models       MODELS: encoder, any masked LM of transformers, any Python factory; FLOPs per token
-    optim        parameter groups, OPTIMIZERS, SCHEDULES as pure functions of the step
+    optim        parameter groups, OPTIMIZERS
+    schedule     SCHEDULES: the learning rate as a pure function of the step
     engine       DeepSpeed: build, train_step, eval_step
     metrics      sums -> numbers; one reduction per report
     predictions  what the model puts in the place of masks in a few held-out texts

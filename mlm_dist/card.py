@@ -17,8 +17,9 @@ from mlm_dist.checkpoint import State
 from mlm_dist.config import RunConfig
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.models import ModelConfig, count_parameters
-from mlm_dist.optim import OptimConfig, ScheduleConfig
+from mlm_dist.optim import OptimConfig
 from mlm_dist.redaction import redact, redact_text
+from mlm_dist.schedule import ScheduleConfig
 from mlm_dist.vocab import Vocab
 from mlm_dist.yaml_tree import dump
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from mlm_dist import models, optim, schema
+from mlm_dist import models, schedule, schema
 from mlm_dist.checkpoint import CheckpointConfig
 from mlm_dist.engine import EngineConfig, deepspeed_json, resolve_precision
 from mlm_dist.evaluate import EvaluateConfig
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.models import ModelConfig
-from mlm_dist.optim import OptimConfig, ScheduleConfig
+from mlm_dist.optim import OptimConfig
+from mlm_dist.schedule import ScheduleConfig
 from mlm_dist.schema import ConfigError, setting
 from mlm_dist.stream import BatchConfig, DataConfig, accumulation, micro_rows
 from mlm_dist.tracker import LogConfig
@@ -77,7 +78,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        optim.check(self.schedule, total_steps(self))
+        schedule.check(self.schedule, total_steps(self))
         models.check(self.model, self.batch.seq_len)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mlm_dist import assembly, checkpoint, config, masking, mixture, models, optim, schema, stream, world
+from mlm_dist import assembly, checkpoint, config, masking, mixture, models, schedule, schema, stream, world
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
 from mlm_dist.cursor import Progress, merge_cursors, upgraded
@@ -160,7 +160,7 @@ def loop(run: Run, stop: StopFlag) -> int:
             run.tracker.alert("stopped", text, state.step, "INFO", always=True)
             return EXIT_STOPPED
 
-        lr = optim.lr_at(cfg.optim, cfg.schedule, state.step, state.total_steps)
+        lr = schedule.lr_at(cfg.optim, cfg.schedule, state.step, state.total_steps)
         sums = run.engine.train_step(micro_batches, targets, state.step, lr, rate)
         run.meter.add(sums, micro_batches, data_seconds)
         advance(run, micro_batches, tokens, time.perf_counter() - started)

@@ -15,7 +15,7 @@ from conftest import toy_documents
 from launching import ROOT, metrics, overridden
 from ranks import on_ranks
 
-from mlm_dist import assembly, config, masking, models, optim, train, vocab, world
+from mlm_dist import assembly, config, masking, models, schedule, train, vocab, world
 from mlm_dist import metrics as metrics_module
 from mlm_dist.config import RunConfig
 from mlm_dist.engine import Engine
@@ -218,7 +218,7 @@ def test_the_optimizer(ranks: list[dict[str, Any]], folder: Path) -> None:
         last = [rank["steps"][step - 1] for rank in ranks]
         assert metrics(folder / "run", "grad_norm")[step] == pytest.approx(last[0]["norm"], rel=1e-4)
         assert last[0]["norm"] > cfg.engine.clip, "the norm before clipping"
-        lr = optim.lr_at(cfg.optim, cfg.schedule, step - 1, STEPS)
+        lr = schedule.lr_at(cfg.optim, cfg.schedule, step - 1, STEPS)
         assert last[0]["lr"] == last[1]["lr"] == {lr} == {metrics(folder / "run", "lr")[step]}
     assert set(metrics(folder / "run", "skipped_steps").values()) == {0}
 
