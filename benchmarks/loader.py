@@ -30,10 +30,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.loader_data import cut_in_documents, dump_documents, make_large_split  # noqa: E402
 from mlm_dist import vocab  # noqa: E402
+from mlm_dist.batch_size import BatchConfig  # noqa: E402
 from mlm_dist.cursor import Cursor  # noqa: E402
 from mlm_dist.lanes import LaneEpoch, resolve_lanes  # noqa: E402
 from mlm_dist.manifest import load_manifest  # noqa: E402
-from mlm_dist.stream import BatchConfig, DataConfig, TrainBatches, train_batches  # noqa: E402
+from mlm_dist.stream import DataConfig, TrainBatches, train_batches  # noqa: E402
 
 PEERS = {
     "webdataset": "read_webdataset.py",

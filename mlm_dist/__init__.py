@@ -23,6 +23,7 @@ Reading order is import order: a module imports only modules above it in this li
     mixture      several sources with weights: which of them gives a lane's next row
     cursor       where a run stands in its data, and how many epochs that comes to
     loader       worker processes that read lanes ahead
+    batch_size   rows of a step: how they grow, and how the ranks share them
     stream       lanes -> batches, with the cursor that stands after each
     masking      which tokens, and what replaces them; keyed, stateless, on the device
     linear_loss  a linear layer and its cross entropy in one, on a CPU
@@ -49,6 +50,7 @@ Reading order is import order: a module imports only modules above it in this li
     evaluate     held-out loss with frozen masks
     config       RunConfig: the sections above; checks across sections
     assembly     a run's parts from its configuration: data, objective, a trained model
+    prepare      a run on this rank before its first step: at its newest checkpoint, or at its beginning
     train        the loop
     card         what a model card says: how the model was trained
     export       a trained model -> Hugging Face folder

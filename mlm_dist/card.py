@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from mlm_dist import schema
+from mlm_dist.batch_size import BatchConfig
 from mlm_dist.checkpoint import State
 from mlm_dist.config import RunConfig
 from mlm_dist.masking import MaskingConfig
@@ -42,6 +43,7 @@ A masked language model of {parameters:,} parameters ({architecture}), pretraine
 
 {training}
 """
+DECAY_NAMES = {"sqrt": "as 1 - sqrt", "linear": "linearly"}
 USAGE = """\
 ```python
 from transformers import pipeline
@@ -112,7 +114,7 @@ def facts_of_run(run: Path, saved: Path, state: State, cfg: RunConfig) -> dict[s
         "steps": length + (f", of which {state.skipped_steps:,} were skipped" if state.skipped_steps else ""),
         "tokens": f"{state.tokens:,}, padding not counted" + passes(state),
         "sequence length": f"{seq_len:,} ({packing})",
-        "batch": f"{rows:,} rows, {rows * seq_len:,} positions",
+        "batch": f"{rows:,} rows, {rows * seq_len:,} positions" + growth(cfg.batch),
         "objective": about_masking(cfg.masking),
         "optimizer": about_optimizer(cfg.optim, cfg.engine.clip),
         "schedule": about_schedule(cfg.schedule),
@@ -145,6 +147,13 @@ def passes(state: State) -> str:
     return f": some {state.tokens / counts[0]['tokens']:.2g} times the data" if len(counts) == 1 else ""
 
 
+def growth(config: BatchConfig) -> str:
+    """What to add where the batch was smaller at first."""
+    if config.warmup_rows is None:
+        return ""
+    return f", growing from {config.warmup_rows:,} rows over the first {config.warmup_tokens:,} positions"
+
+
 def about_masking(config: MaskingConfig) -> str:
     rate = f"{config.rate:.3g}" + (f", falling to {config.rate_end:.3g}," if config.rate_end is not None else "")
     return (
@@ -162,8 +171,9 @@ def about_optimizer(config: OptimConfig, clip: float) -> str:
 
 
 def about_schedule(config: ScheduleConfig) -> str:
+    decay = f"{config.decay_steps:,} steps" if config.decay_steps else f"{config.decay_fraction:.3g} of the run"
     shape = {
-        "wsd": f"constant, then falling as 1 - sqrt over the last {config.decay_fraction:.3g} of the run",
+        "wsd": f"constant, then falling {DECAY_NAMES[config.decay_shape]} over the last {decay}",
         "cosine": "falling as a cosine",
         "linear": "falling linearly",
         "constant": "constant",

@@ -5,12 +5,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mlm_dist import models, schedule, schema
+from mlm_dist import batch_size, models, schedule, schema
+from mlm_dist.batch_size import BatchConfig, accumulation, micro_rows
 from mlm_dist.checkpoint import CheckpointConfig
 from mlm_dist.engine import EngineConfig, deepspeed_json, resolve_precision
 from mlm_dist.evaluate import EvaluateConfig
@@ -19,7 +21,7 @@ from mlm_dist.models import ModelConfig
 from mlm_dist.optim import OptimConfig
 from mlm_dist.schedule import ScheduleConfig
 from mlm_dist.schema import ConfigError, setting
-from mlm_dist.stream import BatchConfig, DataConfig, accumulation, micro_rows
+from mlm_dist.stream import DataConfig
 from mlm_dist.tracker import LogConfig
 
 # What may differ between a run and its resumption, by key or section; every other change is refused by name.
@@ -78,8 +80,14 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        schedule.check(self.schedule, total_steps(self))
+        steps = total_steps(self)
+        schedule.check(self.schedule, steps)
         models.check(self.model, self.batch.seq_len)
+        if steps is not None and batch_size.rows_at(self.batch, steps - 1) < self.batch.global_rows:
+            raise ConfigError(
+                f"batch.warmup_tokens = {self.batch.warmup_tokens} is more than the run: the batch would never grow to "
+                f"{self.batch.global_rows} rows; lower it, or make the run longer"
+            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -90,7 +98,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def total_steps(config: RunConfig) -> int | None:
     """Length of the run in steps; None for one measured in hours."""
     if config.run.tokens is not None:
-        return math.ceil(config.run.tokens / (config.batch.global_rows * config.batch.seq_len))
+        return batch_size.steps_of(config.batch, math.ceil(config.run.tokens / config.batch.seq_len))
     return config.run.steps
 
 
@@ -123,6 +131,12 @@ def memory_by_stage(parameters: int, precision: str, world_size: int) -> dict[in
     return {stage: parameters * size / 2**30 for stage, size in per_parameter.items()}
 
 
+def shares(batch: BatchConfig, world_size: int, rows: int) -> str:
+    """How the ranks share a step of so many rows, in words."""
+    count = accumulation(batch, world_size, rows)
+    return f"{world_size} x {count} micro-batches x {micro_rows(batch, world_size, rows)} rows"
+
+
 def describe(config: RunConfig, world_size: int, device: torch.device, vocab_size: int) -> str:
     """What a run would be, without starting it: the text of --dry-run."""
     precision = resolve_precision(config.engine, device)
@@ -131,8 +145,9 @@ def describe(config: RunConfig, world_size: int, device: torch.device, vocab_siz
     parameters = models.count_parameters(model)
     flops = models.flops_per_token(config.model, model, vocab_size, config.batch.seq_len, config.masking.rate)
     memory = memory_by_stage(parameters, precision, world_size)
-    tokens = config.batch.global_rows * config.batch.seq_len
     steps = total_steps(config)
+    tokens = batch_size.rows_before(config.batch, steps) * config.batch.seq_len if steps else None
+    rows = config.batch.global_rows
     json_text = json.dumps(
         deepspeed_json(config.engine, config.batch, precision, world_size, config.deepspeed), indent=2
     )
@@ -141,11 +156,14 @@ def describe(config: RunConfig, world_size: int, device: torch.device, vocab_siz
         "",
         f"parameters           {parameters:,} (vocabulary {vocab_size:,})",
         f"FLOPs per token      {flops:,.0f} (forward and backward)",
-        f"tokens per step      {tokens:,} = {config.batch.global_rows} rows x {config.batch.seq_len}",
-        f"ranks                {world_size} x {accumulation(config.batch, world_size)} micro-batches "
-        f"x {micro_rows(config.batch, world_size)} rows, {precision} on {device.type}",
-        "length               "
-        + (f"{steps:,} steps, {steps * tokens:,} tokens" if steps else f"{config.run.hours} hours"),
+        f"tokens per step      {rows * config.batch.seq_len:,} = {rows} rows x {config.batch.seq_len}",
+        f"ranks                {shares(config.batch, world_size, rows)}, {precision} on {device.type}",
+        *(
+            f"batch warm-up        steps {one.step + 1:,} to {two.step:,}: {one.rows} rows, "
+            f"{shares(config.batch, world_size, one.rows)}"
+            for one, two in pairwise(batch_size.plateaus(config.batch))
+        ),
+        "length               " + (f"{steps:,} steps, {tokens:,} tokens" if steps else f"{config.run.hours} hours"),
         "memory per rank      "
         + ", ".join(f"stage {stage}: {size:.2f} GiB" for stage, size in memory.items())
         + "  (weights, gradients, optimizer; activations come on top)",

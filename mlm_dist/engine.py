@@ -21,13 +21,14 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from mlm_dist import masking, optim
 from mlm_dist.background import copy_to_host
+from mlm_dist.batch_size import BatchConfig, accumulation, micro_rows
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
 from mlm_dist.optim import OptimConfig
 from mlm_dist.pace import PARTS, Stopwatch
 from mlm_dist.redaction import redact
 from mlm_dist.schema import ConfigError, setting
-from mlm_dist.stream import Batch, BatchConfig, accumulation, micro_rows
+from mlm_dist.stream import Batch
 from mlm_dist.world import World
 
 for handler in deepspeed_logger.handlers:  # what it says when it is imported; logs.py sees to the rest
@@ -42,6 +43,7 @@ OWNED_KEYS = {
     "train_batch_size": "batch.global_rows",
     "train_micro_batch_size_per_gpu": "batch.micro_rows",
     "gradient_accumulation_steps": "batch.global_rows and batch.micro_rows",
+    "managed_gradient_accumulation": "batch.global_rows and batch.micro_rows",
     "gradient_clipping": "engine.clip",
     "optimizer": "optim.name",
     "scheduler": "schedule.name",
@@ -164,7 +166,10 @@ def clips_itself(config: EngineConfig, precision: str) -> bool:
 def deepspeed_json(
     config: EngineConfig, batch: BatchConfig, precision: str, world_size: int, extra: dict[str, Any]
 ) -> dict[str, Any]:
-    """The configuration handed to DeepSpeed: what the typed sections say, and the `deepspeed:` mapping on top."""
+    """The configuration handed to DeepSpeed: what the typed sections say, and the `deepspeed:` mapping on top.
+
+    Its batch is the full one; while the batch grows, `Engine.train_step` tells which micro-batch is a step's last.
+    """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -226,6 +231,7 @@ class Engine:
         self.world, self.seed_by, self.seed = world, mask.seed_by, seed
         self.precision = resolve_precision(config, world.device)
         self.json = deepspeed_json(config, batch, self.precision, world.size, extra)
+        self.batch_grows = batch.warmup_rows is not None
         model = model.to(world.device)
         optimizer = optim.build(optim_config, model)
         self.norm: torch.Tensor | None = None
@@ -255,6 +261,8 @@ class Engine:
         self.deepspeed.train()
         for micro_step, batch in enumerate(batches):
             torch.manual_seed(masking.dropout_seed(self.seed, self.world.rank, step, micro_step))
+            if self.batch_grows:  # DeepSpeed counts the micro-batches of the full batch
+                self.deepspeed.set_gradient_accumulation_boundary(micro_step + 1 == len(batches))
             with self.watches["forward"].lap():
                 sums = self._forward(batch, self._row_keys(batch, step, micro_step), rate)
             with self.watches["backward"].lap():

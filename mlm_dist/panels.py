@@ -141,6 +141,7 @@ PANELS = (
     Panel("Loss", "Held-out bits per byte by source", {"valid/*/bits_per_byte": "*"}),
     Panel("Loss", "Held-out perplexity by source", {"valid/*/perplexity": "*"}, log=True),
     Panel("Optimizer", "Learning rate", {"lr": ""}),
+    Panel("Optimizer", "Rows of a step", {"global_rows": ""}, note="all ranks"),
     Panel("Optimizer", "Gradient norm", {"grad_norm": ""}, note="before clipping", log=True),
     Panel("Optimizer", "Loss scale", {"loss_scale": ""}, note="fp16", log=True),
     Panel("Optimizer", "Skipped steps", {"skipped_steps": ""}, note="in all, for gradients that are not finite"),

@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from mlm_dist import batch_size
+from mlm_dist.batch_size import BatchConfig
 from mlm_dist.cursor import Cursor, Stand, first_cursor
 from mlm_dist.lanes import (
     AFTER,
@@ -85,13 +87,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class BatchConfig:
-    seq_len: int = setting(512, low=8, high=65536, help="positions in a row")
-    global_rows: int = setting(256, low=1, help="rows in an optimizer step, over all ranks")
-    micro_rows: int = setting(32, low=1, help="most rows that a rank holds at a time; accumulation follows")
-
-
-@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank: B rows of T positions."""
 
@@ -117,35 +112,11 @@ class Batch:
 # ---- batches
 
 
-def micro_rows(batch: BatchConfig, world_size: int) -> int:
-    """Rows of a micro-batch: what the configuration says, or a rank's whole share where that is less."""
-    return min(batch.micro_rows, max(1, batch.global_rows // world_size))
-
-
-def accumulation(batch: BatchConfig, world_size: int) -> int:
-    """Micro-batches that each rank takes for one optimizer step. Raises ConfigError where that is no whole number."""
-    per_round = world_size * micro_rows(batch, world_size)
-    if batch.global_rows % per_round == 0:
-        return batch.global_rows // per_round
-    low = batch.global_rows // per_round * per_round
-    advice = f"set batch.global_rows to {' or '.join(str(count) for count in (low, low + per_round) if count)}"
-    share, remainder = divmod(batch.global_rows, world_size)
-    if not remainder:
-        divisors = [count for count in range(1, share + 1) if share % count == 0]
-        below = max(count for count in divisors if count <= batch.micro_rows)
-        above = [count for count in divisors if count > batch.micro_rows][:1]
-        advice += f", or batch.micro_rows to {' or '.join(map(str, [below, *above]))}"
-    raise ConfigError(
-        f"batch.global_rows = {batch.global_rows} can't be split evenly over {world_size} ranks "
-        f"x {micro_rows(batch, world_size)} micro_rows: {advice}"
-    )
-
-
 def check(shards: Manifest | Sources, vocab: Vocab, data: DataConfig, batch: BatchConfig, world_size: int) -> None:
     """Raise ConfigError if `train_batches` would."""
     check_held_out(shards, vocab, data, batch)
     lanes_of(as_sources(shards), data.lanes, world_size)
-    accumulation(batch, world_size)
+    batch_size.check(batch, world_size)
 
 
 def check_held_out(shards: Manifest | Sources, vocab: Vocab, data: DataConfig, batch: BatchConfig) -> None:
@@ -177,11 +148,14 @@ def train_batches(
     if len(start["lanes"]) != lanes:
         raise ConfigError(f"the run began with {len(start['lanes'])} lanes, not {lanes}: set data.lanes back to that")
     mixture = mix(sources, vocab, batch.seq_len, data.packing, data.window_records)
-    return TrainBatches(mixture, data, micro_rows(batch, world_size), seed, world_rank, world_size, start)
+    return TrainBatches(mixture, data, batch_size.micro_rows(batch, world_size), seed, world_rank, world_size, start)
 
 
 class TrainBatches(Iterator[Batch]):
-    """One rank's endless micro-batches; close it, or use it as a context manager, to end its workers."""
+    """One rank's endless micro-batches; close it, or use it as a context manager, to end its workers.
+
+    micro_rows: rows of each; `draw` gives as many as are asked for
+    """
 
     def __init__(
         self,
@@ -225,13 +199,17 @@ class TrainBatches(Iterator[Batch]):
             yield as_tensors(rows), 0
 
     def __next__(self) -> Batch:
-        """The rank's next micro-batch.
+        """The rank's next micro-batch, as `draw` has it."""
+        return self.draw(self.micro_rows)
+
+    def draw(self, count: int) -> Batch:
+        """The rank's next `count` rows as a micro-batch. All ranks must draw as many.
 
         Raises ShardError for a damaged shard, RuntimeError where a worker process has died.
         """
-        turns = (self.delivered + np.arange(self.micro_rows)) % len(self.lanes)  # (B,) index into own lanes
+        turns = (self.delivered + np.arange(count)) % len(self.lanes)  # (B,) index into own lanes
         rows = self.take(turns)
-        self.delivered += self.micro_rows
+        self.delivered += count
         sources = rows.facts[:, SOURCE]
         self.places[turns, sources, :3] = rows.facts[:, AFTER]  # of a lane's rows of a source, the last one stands
         np.add.at(self.places, (turns, sources, 3), 1)

@@ -2,33 +2,27 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mlm_dist import assembly, checkpoint, config, masking, mixture, models, schedule, schema, stream, world
+from mlm_dist import batch_size, masking, mixture, schedule, schema, stream, world
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
-from mlm_dist.cursor import Progress, merge_cursors, upgraded
-from mlm_dist.engine import Engine, resolve_precision
+from mlm_dist.cursor import merge_cursors
 from mlm_dist.evaluate import evaluate
 from mlm_dist.logs import logs
 from mlm_dist.manifest import ShardError
-from mlm_dist.metrics import Meter, bad_shard_numbers
-from mlm_dist.mixture import Sources
+from mlm_dist.metrics import bad_shard_numbers
 from mlm_dist.predictions import Picker
-from mlm_dist.redaction import redact, secrets_of
+from mlm_dist.prepare import Run, prepare
+from mlm_dist.redaction import secrets_of
 from mlm_dist.report import write_at_end
-from mlm_dist.run_folder import open_folder, write_inputs, write_status
-from mlm_dist.saver import Saver
+from mlm_dist.run_folder import open_folder, write_status
 from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch
-from mlm_dist.tracker import Tracker
-from mlm_dist.vocab import Vocab
 from mlm_dist.watchdog import Watchdog
 from mlm_dist.world import EXIT_HANG, EXIT_NON_FINITE, EXIT_STOPPED, StopFlag, World, exit_code_of
 
@@ -40,26 +34,6 @@ SECONDS_TO_SEND, SECONDS_FOR_LAST_WORDS = 60.0, 10.0  # how long the end of a ru
 
 # What ends a run with one sentence and exit code 2.
 REFUSALS = (ConfigError, ShardError, CheckpointError)
-
-
-@dataclass
-class Run:
-    """Everything one rank needs to train: made once by `prepare`, used by the loop."""
-
-    config: RunConfig
-    folder: Path
-    world: World
-    watchdog: Watchdog
-    vocab: Vocab
-    valid: Sources  # those that have held-out rows
-    engine: Engine
-    state: State
-    saver: Saver
-    meter: Meter
-    tracker: Tracker
-    batches: Iterator[Batch]
-    bad_shards: dict[str, str] = field(default_factory=dict)  # those of all ranks that were told: label -> reason
-    bad_shards_seen: int = 0  # the sum over the ranks of what each has met
 
 
 def train(cfg: RunConfig) -> int:
@@ -187,8 +161,11 @@ def loop(run: Run, stop: StopFlag) -> int:
 
 def take(run: Run) -> tuple[list[Batch], str | None]:
     """This rank's micro-batches of the next step, and what was wrong with a shard, if anything was."""
+    batch, ranks = run.config.batch, run.world.size
+    rows = batch_size.rows_at(batch, run.state.step)
     try:
-        return [next(run.batches) for _ in range(stream.accumulation(run.config.batch, run.world.size))], None
+        micro_rows, count = batch_size.micro_rows(batch, ranks, rows), batch_size.accumulation(batch, ranks, rows)
+        return [run.batches.draw(micro_rows) for _ in range(count)], None
     except ShardError as error:
         return [], str(error)
 
@@ -242,18 +219,21 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
     state.tokens += tokens
     state.train_seconds += seconds
     state.cursor = micro_batches[-1].cursor
-    hours = run.config.run.hours
+    hours, batch = run.config.run.hours, run.config.batch
     if state.total_steps is None and state.step >= STEPS_TO_MEASURE:
         assert hours is not None
-        per_step = run.world.broadcast(state.train_seconds / state.step)
-        state.total_steps = max(state.step, round(hours * 3600 / per_step))
-        run.tracker.say(f"{hours} hours are {state.total_steps:,} steps at {per_step:.3f} s each")
+        # by rows: the first steps may have fewer than those to come
+        per_row = run.world.broadcast(state.train_seconds / batch_size.rows_before(batch, state.step))
+        state.total_steps = max(state.step, batch_size.steps_of(batch, round(hours * 3600 / per_row)))
+        seconds = hours * 3600 / state.total_steps
+        run.tracker.say(f"{hours} hours are {state.total_steps:,} steps at {seconds:.3f} s each")
 
 
 def report(run: Run) -> None:
     """Log what the steps since the last report came to, and count those that were skipped."""
     numbers = run.meter.report(run.engine.seconds()) | run.engine.numbers()
     count_skips(run)
+    numbers |= {"global_rows": batch_size.rows_at(run.config.batch, run.state.step - 1)}
     numbers |= {"skipped_steps": run.state.skipped_steps} | bad_shard_numbers(run.bad_shards)
     run.tracker.log(run.state.step, numbers, run.state.tokens)
     if run.meter.warning:
@@ -314,85 +294,3 @@ def save(run: Run, wait: bool = True) -> None:
         run.meter.leave_out(time.perf_counter() - started)
     if wait:
         run.saver.wait()
-
-
-def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack: ExitStack) -> Run:
-    """Build the run on this rank, at its newest whole checkpoint where there is one."""
-    sources, valid, tokenizer = assembly.open_data(cfg, here.size)
-    folders = " and ".join(folder.shards for folder in cfg.data.folders().values())
-    if len(set(here.gather(mixture.hash_of(sources)))) > 1:
-        raise ConfigError(f"the ranks found different manifests at {folders}; start again when it is settled")
-    facts = {
-        "manifest": mixture.hash_of(sources),
-        "tokenizer": tokenizer.fingerprint,
-        "data": mixture.counts(sources),
-        "precision": resolve_precision(cfg.engine, here.device),
-        "config": redact(schema.to_mapping(cfg)),
-    }
-    tracker = Tracker(cfg.log, folder, here.is_main, lambda: state.total_steps)
-    saved = checkpoint.newest_whole(folder / "checkpoints", here, tracker.say)
-    state = resumed_state(cfg, folder, saved, facts)
-
-    world.seed_everything(cfg.run.seed)
-    transformer = models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing)
-    flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
-    model = assembly.objective(cfg, transformer, tokenizer)
-    resharded = saved is not None and checkpoint.needs_resharding(saved, here)
-    engine = Engine(model, cfg.engine, cfg.optim, cfg.batch, cfg.masking, cfg.run.seed, here, cfg.deepspeed, resharded)
-    if saved:
-        checkpoint.load(saved, engine, here)
-        tracker.say(f"resumed from step {state.step}")
-    if here.is_main:
-        tracker.start(state.step, describe(cfg, folder, here, tokenizer, engine, facts))
-    if not valid:
-        tracker.say(f"{folders} holds no held-out documents: nothing is evaluated")
-    if not mixture.is_roomy(sources, cfg.data.lanes):
-        tracker.say(
-            f"data.cache_gb = {cfg.data.cache_gb:g} doesn't hold two shards of every lane: they are not fetched ahead, "
-            "and perhaps more than once an epoch"
-        )
-    batches = stack.enter_context(
-        stream.train_batches(sources, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
-    )
-
-    def on_saved(path: Path, saved: State, numbers: dict[str, float]) -> None:
-        tracker.log(saved.step, numbers, saved.tokens)
-        if cfg.log.log_checkpoints:
-            tracker.mirror.refer("checkpoint", "checkpoint", path, {"step": saved.step, "loss": saved.valid_loss})
-
-    saver = Saver(folder / "checkpoints", engine, cfg.checkpoint, here, watchdog.beat, tracker.say, on_saved)
-    stack.callback(saver.background.close)
-    names = [source.name for source in sources] if len(sources) > 1 else ()
-    meter = Meter(here, flops, names, cfg.log.slow_rank, Progress(batches.mixture, cfg.run.seed))
-    bad_shards = dict(state.cursor["bad_shards"]) if state.cursor else {}
-    return Run(cfg, folder, here, watchdog, tokenizer, valid, engine, state, saver, meter, tracker, batches, bad_shards)
-
-
-def describe(
-    cfg: RunConfig, folder: Path, here: World, tokenizer: Vocab, engine: Engine, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Write to the run folder what the run comes from; returns it, flat, for W&B. Rank 0 calls it."""
-    tokenizer.save(folder / "tokenizer")
-    (folder / "config.yaml").write_text(schema.to_yaml(schema.from_mapping(RunConfig, facts["config"])))
-    more = {name: facts[name] for name in ("manifest", "tokenizer", "precision")}
-    more |= {"ranks": here.size, "device": here.device_name}
-    return schema.flatten(facts["config"] | write_inputs(folder, engine.json, more, cfg.log.log_diff))
-
-
-def resumed_state(cfg: RunConfig, folder: Path, saved: Path | None, facts: dict[str, Any]) -> State:
-    """The state to start from, saved or fresh. Raises ConfigError for a changed configuration or other data."""
-    state = checkpoint.load_state(saved) if saved else State(facts=facts)
-    changes = config.refused_changes(state.facts["config"], facts["config"])
-    if state.facts["precision"] != facts["precision"]:
-        changes.append(f"engine.precision came to {state.facts['precision']} and comes to {facts['precision']} now")
-    for name in ("manifest", "tokenizer"):
-        if state.facts[name] != facts[name]:
-            changes.append(f"the {name} of {'data.shards' if cfg.data.shards else 'data.sources'} is another")
-    if changes:
-        raise ConfigError(f"{folder} can't be resumed: {'; '.join(changes)}; change it back, or set another run.dir")
-    if cfg.run.hours is None or cfg.run.hours != state.facts["config"]["run"]["hours"]:
-        total = config.total_steps(cfg)
-        state.total_steps = total if total is None else max(total, state.step)
-    state.facts = facts
-    state.cursor = upgraded(state.cursor) if state.cursor else None
-    return state

@@ -61,6 +61,13 @@ def test_the_facts_are_those_of_the_run(run: Path) -> None:
     assert "  lr: 0.003" in facts["configuration"]
 
 
+def test_a_batch_that_grew_and_a_decay_in_steps_are_told(run: Path) -> None:
+    grown = ("batch.warmup_rows=4", "batch.warmup_tokens=100000", "schedule.decay_steps=1000")
+    facts = told(run, state(), configured(*grown, "schedule.decay_shape=linear"))
+    assert facts["batch"] == "16 rows, 2,048 positions, growing from 4 rows over the first 100,000 positions"
+    assert "constant, then falling linearly over the last 1,000 steps to 0 of the peak" in facts["schedule"]
+
+
 def test_the_held_out_loss_is_that_of_the_last_evaluation_and_says_its_step(run: Path) -> None:
     facts = told(run, state(valid_loss=3.25), configured())
     assert facts["held-out loss"] == "3.2500 at step 500 (perplexity 25.79)"

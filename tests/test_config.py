@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlm_dist import config, models, schema, stream
+from mlm_dist import batch_size, config, models, schema
 from mlm_dist.config import RunConfig
 from mlm_dist.schema import ConfigError
 
@@ -19,8 +19,8 @@ def test_every_recipe_loads_and_divides_over_its_ranks(name: str) -> None:
     cfg = config.load(CONFIGS / name)
     assert schema.from_mapping(RunConfig, schema.to_mapping(cfg)) == cfg
     for world_size in (1, 2, 4, 8) if name == "quickstart.yaml" else (1, 8, 64):
-        rows = stream.accumulation(cfg.batch, world_size) * world_size * stream.micro_rows(cfg.batch, world_size)
-        assert rows == cfg.batch.global_rows
+        per_round = world_size * batch_size.micro_rows(cfg.batch, world_size)
+        assert batch_size.accumulation(cfg.batch, world_size) * per_round == cfg.batch.global_rows
     with torch.device("meta"):
         model = models.build(cfg.model, 50_000, cfg.batch.seq_len)
     assert models.count_parameters(model) > 1e6
@@ -40,6 +40,9 @@ def test_the_resolved_configuration_round_trips_through_yaml(tmp_path: Path) -> 
         (["schedule.warmup_steps=70", "run.steps=70"], "warmup_steps = 70 leaves nothing of a run of 70 steps"),
         (["batch.seq_len=256"], "max_positions"),
         (["masking.keep=0.3"], "mask \\+ random \\+ keep"),
+        (["schedule.decay_steps=600", "run.steps=600"], "set decay_steps to 550 or less"),
+        (["batch.warmup_rows=4"], "warmup_tokens is missing"),
+        (["batch.warmup_rows=4", "batch.warmup_tokens=1e9"], "would never grow to 16 rows"),
     ],
 )
 def test_sections_that_contradict_each_other_are_refused(overrides: list[str], said: str) -> None:
@@ -51,6 +54,11 @@ def test_length_in_tokens_is_rounded_up_to_steps() -> None:
     cfg = config.load(QUICK, ["run.steps=null", "run.tokens=1_000_000"])
     assert config.total_steps(cfg) == -(-1_000_000 // (cfg.batch.global_rows * 128))
     assert config.total_steps(config.load(QUICK, ["run.steps=null", "run.hours=2"])) is None
+    growing = ["batch.warmup_rows=2", "batch.warmup_tokens=100_000"]
+    grown = config.load(QUICK, ["run.steps=null", "run.tokens=1_000_000", *growing])
+    steps = config.total_steps(grown)
+    before, after = (batch_size.rows_before(grown.batch, count) * 128 for count in (steps - 1, steps))
+    assert before < 1_000_000 <= after and steps > config.total_steps(cfg)
 
 
 def test_only_listed_keys_may_change_on_resume() -> None:
@@ -99,6 +107,16 @@ def test_dry_run_describes_the_run() -> None:
     cfg = config.load(QUICK, ["batch.global_rows=32", "batch.micro_rows=8"])
     text = config.describe(cfg, 2, torch.device("cpu"), 4096)
     assert "ranks                2 x 2 micro-batches x 8 rows, fp32 on cpu" in text
-    assert '"gradient_accumulation_steps": 2' in text
+    assert '"gradient_accumulation_steps": 2' in text and "batch warm-up" not in text
     text = config.describe(cfg, 8, torch.device("cpu"), 4096)
     assert "ranks                8 x 1 micro-batches x 4 rows" in text, "a rank's share may be less than micro_rows"
+
+
+def test_dry_run_tells_how_the_batch_grows() -> None:
+    growing = ["batch.global_rows=32", "batch.micro_rows=8", "batch.warmup_rows=8", "batch.warmup_tokens=30_720"]
+    text = config.describe(config.load(QUICK, [*growing, "run.steps=100"]), 2, torch.device("cpu"), 4096)
+    # a ramp over 240 rows: at 80 it has reached 16 rows, at 240 all 32
+    assert "batch warm-up        steps 1 to 10: 8 rows, 2 x 1 micro-batches x 4 rows\n" in text
+    assert "batch warm-up        steps 11 to 20: 16 rows, 2 x 1 micro-batches x 8 rows\n" in text
+    assert "ranks                2 x 2 micro-batches x 8 rows, fp32 on cpu" in text
+    assert f"length               100 steps, {(10 * 8 + 10 * 16 + 80 * 32) * 128:,} tokens" in text

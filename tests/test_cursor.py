@@ -4,9 +4,10 @@ import pytest
 from test_mixture import SOURCES, write_sources
 from test_stream import ROW_TOKENS, SEED, VOCAB, data_config
 
+from mlm_dist.batch_size import BatchConfig
 from mlm_dist.cursor import Progress
 from mlm_dist.mixture import Sources
-from mlm_dist.stream import BatchConfig, train_batches
+from mlm_dist.stream import train_batches
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -10,19 +11,21 @@ import torch
 from ranks import on_ranks
 from torch import nn
 
-from mlm_dist import masking, optim, stream, vocab, world
+from mlm_dist import batch_size, masking, optim, stream, vocab, world
+from mlm_dist.batch_size import BatchConfig
 from mlm_dist.engine import Engine, EngineConfig, deepspeed_json, merge, resolve_precision
 from mlm_dist.manifest import load_manifest
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
 from mlm_dist.optim import OptimConfig
 from mlm_dist.schema import ConfigError
-from mlm_dist.stream import Batch, BatchConfig, DataConfig
+from mlm_dist.stream import Batch, DataConfig
 from mlm_dist.world import World
 
 SEED, STEPS, RATE = 7, 10, 0.3
 # ragged on purpose: rows hold different numbers of targets, so that a mean of means would differ
 BATCH = BatchConfig(seq_len=64, global_rows=16, micro_rows=4)
+GROWING = BatchConfig(seq_len=64, global_rows=16, micro_rows=2, warmup_rows=2, warmup_tokens=40 * 64)  # 2, 4, 8, 16
 MASKING = MaskingConfig(seed_by="sample")
 OPTIM = OptimConfig(lr=1e-3)
 CLIP = 0.5
@@ -49,25 +52,27 @@ def build(tokenizer: vocab.Vocab) -> MLM:
     return MLM(Small(tokenizer.size), **masking.mlm_keywords(MASKING, tokenizer))
 
 
-def micro_batches(toy: Path, tokenizer: vocab.Vocab, rank: int, size: int) -> Iterator[Batch]:
+def windows(toy: Path, tokenizer: vocab.Vocab, batch: BatchConfig, rank: int, size: int) -> Iterator[list[Batch]]:
+    """A rank's micro-batches of each step."""
     data = DataConfig(shards=str(toy), packing="pad", workers=0)
-    return stream.train_batches(load_manifest(toy / "train"), tokenizer, data, BATCH, SEED, rank, size, None)
+    batches = stream.train_batches(load_manifest(toy / "train"), tokenizer, data, batch, SEED, rank, size, None)
+    for rows in map(partial(batch_size.rows_at, batch), range(STEPS)):
+        micro_rows, count = batch_size.micro_rows(batch, size, rows), batch_size.accumulation(batch, size, rows)
+        yield [batches.draw(micro_rows) for _ in range(count)]
 
 
-def on_engine(toy: Path, *stages: int) -> dict[int, dict]:
+def on_engine(toy: Path, batch: BatchConfig, *stages: int) -> dict[int, dict]:
     """Losses and weights after some steps in DeepSpeed, by stage, as this rank sees them."""
     with world.join(120) as here:
-        return {stage: train(toy, stage, here) for stage in stages}
+        return {stage: train(toy, batch, stage, here) for stage in stages}
 
 
-def train(toy: Path, stage: int, here: World) -> dict:
+def train(toy: Path, batch: BatchConfig, stage: int, here: World) -> dict:
     tokenizer = vocab.load(toy / "tokenizer")
     config = EngineConfig(zero_stage=stage, clip=CLIP, precision="fp32")
-    engine = Engine(build(tokenizer), config, OPTIM, BATCH, MASKING, SEED, here, {})
+    engine = Engine(build(tokenizer), config, OPTIM, batch, MASKING, SEED, here, {})
     losses = []
-    batches = micro_batches(toy, tokenizer, here.rank, here.size)
-    for step in range(STEPS):
-        window = [next(batches) for _ in range(stream.accumulation(BATCH, here.size))]
+    for step, window in enumerate(windows(toy, tokenizer, batch, here.rank, here.size)):
         counted = sum(int(masking.targets_of(b.maskable, RATE).sum()) for b in window)
         targets = int(here.sum(torch.tensor(counted)))
         sums = engine.train_step(window, targets, step, lr=1e-3, rate=RATE)
@@ -82,19 +87,17 @@ def full_weights(engine: Engine, stage: int) -> dict[str, torch.Tensor]:
         return {name: weight.detach().clone() for name, weight in named.items()}
 
 
-def in_plain_torch(toy: Path) -> dict:
+def in_plain_torch(toy: Path, batch: BatchConfig) -> dict:
     tokenizer = vocab.load(toy / "tokenizer")
     model = build(tokenizer)
     optimizer = optim.build(OPTIM, model)
-    batches = micro_batches(toy, tokenizer, 0, 1)
     losses = []
-    for _ in range(STEPS):
-        window = [next(batches) for _ in range(stream.accumulation(BATCH, 1))]
+    for window in windows(toy, tokenizer, batch, 0, 1):
         targets = sum(int(masking.targets_of(b.maskable, RATE).sum()) for b in window)
         total = 0.0
-        for batch in window:
-            keys = masking.row_keys_by_sample(SEED, batch.row_keys)
-            sums = model(batch.ids, row_keys=keys, rate=RATE, sums=True, segments=batch.segments)
+        for each in window:
+            keys = masking.row_keys_by_sample(SEED, each.row_keys)
+            sums = model(each.ids, row_keys=keys, rate=RATE, sums=True, segments=each.segments)
             (sums["loss"] / targets).backward()
             total += sums["loss"].item()
         losses.append(total / targets)
@@ -106,28 +109,39 @@ def in_plain_torch(toy: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def expected(toy: Path) -> dict:
-    return in_plain_torch(toy)
+    return in_plain_torch(toy, BATCH)
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(toy: Path) -> list[dict[int, dict]]:
-    return on_ranks(2, on_engine, toy, 0, 1, 2, 3)
+    return on_ranks(2, on_engine, toy, BATCH, 0, 1, 2, 3)
+
+
+def check_equal(got: dict, expected: dict) -> None:
+    assert got["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert got["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        assert (got["weights"][name] - weight).abs().max() < 1e-5, name
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_equal_one_process_with_the_whole_batch(expected: dict, on_two_ranks: list, stage: int) -> None:
     for rank in on_two_ranks:
-        got = rank[stage]
-        assert got["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-        assert got["weights"].keys() == expected["weights"].keys()
-        for name, weight in expected["weights"].items():
-            assert (got["weights"][name] - weight).abs().max() < 1e-5, name
+        check_equal(rank[stage], expected)
+
+
+def test_two_ranks_equal_one_process_while_the_batch_grows(toy: Path) -> None:
+    assert {batch_size.rows_at(GROWING, step) for step in range(STEPS)} == {2, 4, 8, 16}
+    expected = in_plain_torch(toy, GROWING)
+    for rank in on_ranks(2, on_engine, toy, GROWING, 0, 1, 2, 3):
+        for stage in (0, 1, 2, 3):
+            check_equal(rank[stage], expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(toy: Path, expected: dict, size: int) -> None:
-    for rank in on_ranks(size, on_engine, toy, 1):
+    for rank in on_ranks(size, on_engine, toy, BATCH, 1):
         assert rank[1]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
 
 
@@ -177,9 +191,7 @@ def faulty(toy: Path, stage: int, precision: str, here: World) -> dict:
         return sums | {"loss": sums["loss"] * math.nan} if here.rank == 1 and len(seen) in (1, 2) else sums
 
     engine._forward = fault
-    batches = micro_batches(toy, tokenizer, here.rank, here.size)
-    for step in range(4):
-        window = [next(batches) for _ in range(stream.accumulation(BATCH, here.size))]
+    for step, window in zip(range(4), windows(toy, tokenizer, BATCH, here.rank, here.size), strict=False):
         targets = int(here.sum(torch.tensor(sum(int(masking.targets_of(b.maskable, RATE).sum()) for b in window))))
         sums = engine.train_step(window, targets, step, lr=1e-3, rate=RATE)
         seen.append((float(sums.loss), int(sums.targets), int(engine.skips.total), int(engine.skips.in_a_row)))

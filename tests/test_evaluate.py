@@ -10,6 +10,7 @@ from conftest import toy_documents, write_toy_split
 from ranks import on_ranks
 
 from mlm_dist import masking, mixture, stream, vocab, world
+from mlm_dist.batch_size import BatchConfig
 from mlm_dist.cache import make_cache
 from mlm_dist.encoder import Encoder, EncoderConfig
 from mlm_dist.engine import held_out_pass
@@ -17,7 +18,7 @@ from mlm_dist.evaluate import evaluate
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mixture import SourceConfig, Sources
 from mlm_dist.mlm import MLM
-from mlm_dist.stream import BatchConfig, DataConfig
+from mlm_dist.stream import DataConfig
 from mlm_dist.vocab import Vocab
 
 SEED, RATE = 5, 0.15

@@ -16,13 +16,14 @@ import pytest
 import webdataset as wds
 
 from mlm_dist import lanes, samples, vocab
+from mlm_dist.batch_size import BatchConfig
 from mlm_dist.cache import make_cache
 from mlm_dist.cursor import Cursor, merge_cursors
 from mlm_dist.manifest import Manifest, ShardError, load_manifest, verify
 from mlm_dist.remote import open_split
 from mlm_dist.schema import ConfigError
 from mlm_dist.shards import Record, read_records, write_split
-from mlm_dist.stream import BatchConfig, DataConfig, held_out_batches, train_batches
+from mlm_dist.stream import DataConfig, held_out_batches, train_batches
 from mlm_dist.vocab import Vocab
 from shards import build, index, inspect, tars
 from tests.conftest import toy_documents

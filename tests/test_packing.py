@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from mlm_dist.batch_size import BatchConfig
 from mlm_dist.manifest import load_manifest
 from mlm_dist.packing import MODES, Stretch, hashed, lay_out, pack, permutation
 from mlm_dist.shards import read_records, write_split
-from mlm_dist.stream import BatchConfig, DataConfig, train_batches
+from mlm_dist.stream import DataConfig, train_batches
 from mlm_dist.vocab import Vocab, load
 from shards import build
 

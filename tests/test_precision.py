@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from launching import ROOT, metrics, overridden, run
 from ranks import on_ranks
 
-from mlm_dist import checkpoint, config, engine, train, world
+from mlm_dist import checkpoint, config, engine, prepare, train, world
 from mlm_dist.world import EXIT_NON_FINITE, StopFlag
 
 pytestmark = pytest.mark.slow
@@ -86,7 +86,7 @@ def test_bf16_at_stage_1_is_exported_and_evaluated(toy: Path, tmp_path: Path) ->
 def fp16_on_the_cpu(toy: Path, folder: Path, steps: int, *more: str) -> list[int]:
     """`go_on` in fp16, with DeepSpeed's own loss scaler and ZeRO; that a CPU is slow at it is no matter here."""
     get_accelerator().is_fp16_supported = lambda: True
-    engine.resolve_precision = train.resolve_precision = lambda *_: "fp16"
+    engine.resolve_precision = prepare.resolve_precision = lambda *_: "fp16"
     return go_on(toy, folder, "fp16", steps, *more)
 
 

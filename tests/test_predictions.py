@@ -12,13 +12,14 @@ from ranks import on_ranks
 from test_vocab import sentence_piece, word_piece
 
 from mlm_dist import config, masking, predictions, stream, train, vocab, world
+from mlm_dist.batch_size import BatchConfig
 from mlm_dist.encoder import Encoder, EncoderConfig
 from mlm_dist.engine import held_out_pass
 from mlm_dist.manifest import load_manifest
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
 from mlm_dist.predictions import LONGEST, Picker, text_of, token_of, window
-from mlm_dist.stream import BatchConfig, DataConfig
+from mlm_dist.stream import DataConfig
 from mlm_dist.vocab import Vocab
 from mlm_dist.world import StopFlag
 

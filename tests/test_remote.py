@@ -24,6 +24,7 @@ from launching import metrics, overridden, pretrain, run
 from web import Server
 
 from mlm_dist import fetch, vocab
+from mlm_dist.batch_size import BatchConfig
 from mlm_dist.cache import Cache, default_folder, locked, make_cache
 from mlm_dist.fetch import FetchError, Patience, checked, is_remote, public
 from mlm_dist.manifest import Manifest, ShardError, load_manifest, verify
@@ -31,7 +32,7 @@ from mlm_dist.mixture import SourceConfig, is_roomy, open_sources
 from mlm_dist.remote import find_split, join, open_split, open_tokenizer
 from mlm_dist.schema import ConfigError
 from mlm_dist.shards import read_records
-from mlm_dist.stream import Batch, BatchConfig, DataConfig, held_out_batches, train_batches
+from mlm_dist.stream import Batch, DataConfig, held_out_batches, train_batches
 from shards import inspect
 
 QUICK = Patience(total_seconds=20, stall_seconds=0.3, attempts=3, first_wait_seconds=0.01, longest_wait_seconds=0.05)

@@ -18,20 +18,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from mlm_dist import lanes
+from mlm_dist import batch_size, lanes
+from mlm_dist.batch_size import BatchConfig
 from mlm_dist.cursor import Cursor, merge_cursors, upgraded
 from mlm_dist.manifest import Manifest, ShardError, load_manifest
 from mlm_dist.schema import ConfigError
 from mlm_dist.shards import Record, write_split
-from mlm_dist.stream import (
-    Batch,
-    BatchConfig,
-    DataConfig,
-    TrainBatches,
-    accumulation,
-    held_out_batches,
-    train_batches,
-)
+from mlm_dist.stream import Batch, DataConfig, TrainBatches, held_out_batches, train_batches
 from mlm_dist.vocab import Vocab
 
 ROW_TOKENS = 16
@@ -190,6 +183,23 @@ def check_stop_and_resume(
 @pytest.mark.parametrize(("world", "accumulate"), SHAPES)
 def test_the_order_is_the_same_for_any_world_and_accumulation(manifest, reference, world, accumulate):
     assert deliver(manifest, 320, world, accumulate, workers=0)[0] == reference[:320]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_batch_that_grows_cuts_the_same_order_at_other_places(manifest, reference, world):
+    batch = BatchConfig(ROW_TOKENS, 48, micro_rows=4, warmup_rows=8, warmup_tokens=200 * ROW_TOKENS)
+    open_all = [
+        train_batches(manifest, VOCAB, data_config(workers=0), batch, SEED, rank, world) for rank in range(world)
+    ]
+    seen = []
+    for step in range(20):
+        rows = batch_size.rows_at(batch, step)
+        micro_rows, count = (each(batch, world, rows) for each in (batch_size.micro_rows, batch_size.accumulation))
+        shares = [[row for _ in range(count) for row in rows_of(each.draw(micro_rows))] for each in open_all]
+        seen.append(sorted(itertools.chain(*shares)))
+    ends = [batch_size.rows_before(batch, step) for step in range(21)]
+    assert {batch_size.rows_at(batch, step) for step in range(20)} == {8, 16, 32, 48} and ends[-1] <= len(reference)
+    assert seen == [sorted(reference[first:end]) for first, end in itertools.pairwise(ends)]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
@@ -385,24 +395,6 @@ def test_more_lanes_than_one_shard_are_refused_in_the_singular():
 @pytest.mark.parametrize(("shards", "expected"), [(1, 1), (2, 2), (3, 2), (63, 32), (64, 64), (10_000, 64)])
 def test_lanes_default_to_a_power_of_two(shards, expected):
     assert lanes.resolve_lanes(shards, None, 1) == expected
-
-
-@pytest.mark.parametrize(
-    ("global_rows", "micro_rows", "world", "expected"),
-    [
-        (100, 8, 4, "set batch.global_rows to 96 or 128, or batch.micro_rows to 5 or 25"),
-        (9, 16, 2, "set batch.global_rows to 8 or 16"),
-        (10, 1, 4, "set batch.global_rows to 8 or 12"),
-    ],
-)
-def test_a_global_batch_that_does_not_divide_is_refused_with_those_that_do(global_rows, micro_rows, world, expected):
-    with pytest.raises(ConfigError) as refused:
-        accumulation(BatchConfig(16, global_rows, micro_rows), world)
-    assert str(refused.value).endswith(expected)
-
-
-def test_accumulation_follows_from_the_global_batch():
-    assert accumulation(BatchConfig(16, 64, 8), 2) == 4
 
 
 def test_a_cursor_of_another_number_of_lanes_is_refused(manifest):

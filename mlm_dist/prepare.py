@@ -1,0 +1,125 @@
+"""A run on this rank before its first step: at its newest checkpoint, or at its beginning."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlm_dist import assembly, checkpoint, config, mixture, models, schema, stream, world
+from mlm_dist.checkpoint import State
+from mlm_dist.config import RunConfig
+from mlm_dist.cursor import Progress, upgraded
+from mlm_dist.engine import Engine, resolve_precision
+from mlm_dist.metrics import Meter
+from mlm_dist.mixture import Sources
+from mlm_dist.redaction import redact
+from mlm_dist.run_folder import write_inputs
+from mlm_dist.saver import Saver
+from mlm_dist.schema import ConfigError
+from mlm_dist.stream import TrainBatches
+from mlm_dist.tracker import Tracker
+from mlm_dist.vocab import Vocab
+from mlm_dist.watchdog import Watchdog
+from mlm_dist.world import World
+
+
+@dataclass
+class Run:
+    """Everything one rank needs to train: made once by `prepare`, used by the loop."""
+
+    config: RunConfig
+    folder: Path
+    world: World
+    watchdog: Watchdog
+    vocab: Vocab
+    valid: Sources  # those that have held-out rows
+    engine: Engine
+    state: State
+    saver: Saver
+    meter: Meter
+    tracker: Tracker
+    batches: TrainBatches
+    bad_shards: dict[str, str] = field(default_factory=dict)  # those of all ranks that were told: label -> reason
+    bad_shards_seen: int = 0  # the sum over the ranks of what each has met
+
+
+def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack: ExitStack) -> Run:
+    """Build the run on this rank, at its newest whole checkpoint where there is one."""
+    sources, valid, tokenizer = assembly.open_data(cfg, here.size)
+    folders = " and ".join(folder.shards for folder in cfg.data.folders().values())
+    if len(set(here.gather(mixture.hash_of(sources)))) > 1:
+        raise ConfigError(f"the ranks found different manifests at {folders}; start again when it is settled")
+    facts = {
+        "manifest": mixture.hash_of(sources),
+        "tokenizer": tokenizer.fingerprint,
+        "data": mixture.counts(sources),
+        "precision": resolve_precision(cfg.engine, here.device),
+        "config": redact(schema.to_mapping(cfg)),
+    }
+    tracker = Tracker(cfg.log, folder, here.is_main, lambda: state.total_steps)
+    saved = checkpoint.newest_whole(folder / "checkpoints", here, tracker.say)
+    state = resumed_state(cfg, folder, saved, facts)
+
+    world.seed_everything(cfg.run.seed)
+    transformer = models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing)
+    flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
+    model = assembly.objective(cfg, transformer, tokenizer)
+    resharded = saved is not None and checkpoint.needs_resharding(saved, here)
+    engine = Engine(model, cfg.engine, cfg.optim, cfg.batch, cfg.masking, cfg.run.seed, here, cfg.deepspeed, resharded)
+    if saved:
+        checkpoint.load(saved, engine, here)
+        tracker.say(f"resumed from step {state.step}")
+    if here.is_main:
+        tracker.start(state.step, describe(cfg, folder, here, tokenizer, engine, facts))
+    if not valid:
+        tracker.say(f"{folders} holds no held-out documents: nothing is evaluated")
+    if not mixture.is_roomy(sources, cfg.data.lanes):
+        tracker.say(
+            f"data.cache_gb = {cfg.data.cache_gb:g} doesn't hold two shards of every lane: they are not fetched ahead, "
+            "and perhaps more than once an epoch"
+        )
+    batches = stack.enter_context(
+        stream.train_batches(sources, tokenizer, cfg.data, cfg.batch, cfg.run.seed, here.rank, here.size, state.cursor)
+    )
+
+    def on_saved(path: Path, saved: State, numbers: dict[str, float]) -> None:
+        tracker.log(saved.step, numbers, saved.tokens)
+        if cfg.log.log_checkpoints:
+            tracker.mirror.refer("checkpoint", "checkpoint", path, {"step": saved.step, "loss": saved.valid_loss})
+
+    saver = Saver(folder / "checkpoints", engine, cfg.checkpoint, here, watchdog.beat, tracker.say, on_saved)
+    stack.callback(saver.background.close)
+    names = [source.name for source in sources] if len(sources) > 1 else ()
+    meter = Meter(here, flops, names, cfg.log.slow_rank, Progress(batches.mixture, cfg.run.seed))
+    bad_shards = dict(state.cursor["bad_shards"]) if state.cursor else {}
+    return Run(cfg, folder, here, watchdog, tokenizer, valid, engine, state, saver, meter, tracker, batches, bad_shards)
+
+
+def describe(
+    cfg: RunConfig, folder: Path, here: World, tokenizer: Vocab, engine: Engine, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write to the run folder what the run comes from; returns it, flat, for W&B. Rank 0 calls it."""
+    tokenizer.save(folder / "tokenizer")
+    (folder / "config.yaml").write_text(schema.to_yaml(schema.from_mapping(RunConfig, facts["config"])))
+    more = {name: facts[name] for name in ("manifest", "tokenizer", "precision")}
+    more |= {"ranks": here.size, "device": here.device_name}
+    return schema.flatten(facts["config"] | write_inputs(folder, engine.json, more, cfg.log.log_diff))
+
+
+def resumed_state(cfg: RunConfig, folder: Path, saved: Path | None, facts: dict[str, Any]) -> State:
+    """The state to start from, saved or fresh. Raises ConfigError for a changed configuration or other data."""
+    state = checkpoint.load_state(saved) if saved else State(facts=facts)
+    changes = config.refused_changes(state.facts["config"], facts["config"])
+    if state.facts["precision"] != facts["precision"]:
+        changes.append(f"engine.precision came to {state.facts['precision']} and comes to {facts['precision']} now")
+    for name in ("manifest", "tokenizer"):
+        if state.facts[name] != facts[name]:
+            changes.append(f"the {name} of {'data.shards' if cfg.data.shards else 'data.sources'} is another")
+    if changes:
+        raise ConfigError(f"{folder} can't be resumed: {'; '.join(changes)}; change it back, or set another run.dir")
+    if cfg.run.hours is None or cfg.run.hours != state.facts["config"]["run"]["hours"]:
+        total = config.total_steps(cfg)
+        state.total_steps = total if total is None else max(total, state.step)
+    state.facts = facts
+    state.cursor = upgraded(state.cursor) if state.cursor else None
+    return state
