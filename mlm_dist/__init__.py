@@ -28,6 +28,7 @@ Reading order is import order: a module imports only modules above it in this li
     masking      which tokens, and what replaces them; keyed, stateless, on the device
     linear_loss  a linear layer and its cross entropy in one, on a CPU
     mlm          MLM: the wrapper around any transformer; returns the loss, and on request its sums
+    cpu_layer    a layer of the encoder on a CPU, forward and backward by hand
     encoder      the fast encoder (ModernBERT architecture)
     huggingface  encoder <-> transformers: names, configs, weights of a local folder
     models       MODELS: encoder, any masked LM of transformers, any Python factory; FLOPs per token

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from mlm_dist import cpu_layer
 from mlm_dist.linear_loss import linear_cross_entropy
 from mlm_dist.schema import ConfigError, setting
 
@@ -129,6 +130,7 @@ class Context(NamedTuple):
     cos: Tensor  # (B or 1, T, 1, D)
     sin: Tensor  # (B or 1, T, 1, D), the first half negated
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    place: cpu_layer.Place | None = None
 
 
 def rotary_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -158,9 +160,10 @@ class Attention(nn.Module):
         self.Wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (B, T, d) -> what `Wo` is for, (B, T, d)."""
         q, k, v = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, T, H, D) each
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        return self.Wo(context.attend(q, k, v))
+        return context.attend(q, k, v)
 
 
 class MLP(nn.Module):
@@ -183,9 +186,30 @@ class Layer(nn.Module):
         self.mlp_norm = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), context)
+    def forward(self, x: Tensor, context: Context, wanted: Tensor | None = None) -> Tensor:
+        """x (B, T, d) -> (B, T, d); or (B, K, d), of the positions `wanted` (B, K) of each row alone."""
+        if cpu_layer.usable(x):
+            return self.by_hand(x, context, wanted)
+        attended = self.attn(self.attn_norm(x), context)
+        if wanted is not None:
+            x, attended = positions_of(x, wanted), positions_of(attended, wanted)
+        x = x + self.attn.Wo(attended)
         return x + self.mlp(self.mlp_norm(x))
+
+    def by_hand(self, x: Tensor, context: Context, wanted: Tensor | None) -> Tensor:
+        attn, mlp = self.attn, self.mlp
+        gain = None if isinstance(self.attn_norm, nn.Identity) else self.attn_norm.weight
+        attended = cpu_layer.Attend.apply(x, gain, attn.Wqkv.weight, context.place, attn.heads, self.mlp_norm.eps)
+        if wanted is not None:
+            x, attended = positions_of(x, wanted), positions_of(attended, wanted)
+        weights = attn.Wo.weight, self.mlp_norm.weight, mlp.Wi.weight, mlp.Wo.weight
+        return cpu_layer.Feed.apply(x, attended, *weights, self.mlp_norm.eps)
+
+
+def positions_of(x: Tensor, wanted: Tensor) -> Tensor:
+    """Of x (B, T, d) the positions `wanted` (B, K) of each row: (B, K, d)."""
+    first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (wanted + first).flatten()).view(*wanted.shape, x.shape[2])
 
 
 class Embeddings(nn.Module):
@@ -208,11 +232,14 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(config, first=i == 0) for i in range(config.layers))
         self.final_norm = norm(config)
 
-    def forward(self, ids: Tensor, segments: Tensor | None) -> Tensor:
+    def forward(self, ids: Tensor, segments: Tensor | None, wanted: Tensor | None = None) -> Tensor:
+        """wanted: positions (B, K) of each row: the states of these alone, (B, K, d)."""
         x = self.embeddings(ids)  # (B, T, d)
         contexts = self.contexts(x, segments)
-        for i, layer in enumerate(self.layers):
+        *before, last = self.layers
+        for i, layer in enumerate(before):
             x = layer(x, contexts[self.config.is_global(i)])
+        x = last(x, contexts[self.config.is_global(len(before))], wanted)
         return self.final_norm(x)
 
     def contexts(self, x: Tensor, segments: Tensor | None) -> dict[bool, Context]:
@@ -232,9 +259,15 @@ class Trunk(nn.Module):
             if varlen:
                 attend = partial(attend_varlen, bounds=bounds, half_window=half_window)
             else:
-                attend = partial(attend_masked, mask=attention_mask(segments, length, half_window, like=x))
+                mask = attention_mask(segments, length, half_window, like=x)
+                attend = partial(attend_masked, mask=mask)
             theta = config.rope_theta if is_global else config.rope_theta_local
-            contexts[is_global] = Context(*rotary_tables(positions, config.head_width, theta), attend)
+            cos, sin = rotary_tables(positions, config.head_width, theta)
+            place = None
+            if cpu_layer.usable(x):
+                half = config.head_width // 2
+                place = cpu_layer.Place(torch.complex(cos[..., 0, half:], sin[..., 0, half:]), mask, half_window)
+            contexts[is_global] = Context(cos, sin, attend, place)
         return contexts
 
 
@@ -285,12 +318,17 @@ class Encoder(nn.Module):
             self.decoder.weight = self.model.embeddings.tok_embeddings.weight
         self.initialise()
 
+    takes_positions = True
+
     def forward(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
         return self.head(self.model(ids, segments))
 
-    def hidden_states(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
-        """What `head` makes logits of, (B, T, d)."""
-        return self.model(ids, segments)
+    def hidden_states(self, ids: Tensor, *, segments: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        """What `head` makes logits of, (B, T, d); or, of the positions `wanted` (B, K) of each row alone, (B, K, d).
+
+        The last layer then does only what these need.
+        """
+        return self.model(ids, segments, wanted)
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -37,9 +37,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             counts = labels[rows] != ignored
             target = torch.where(counts, labels[rows], 0)[:, None]
             logits = torch.addmm(bias, x[rows], weight.T, out=buffer[: len(target)])
-            largest, best = logits.max(dim=1, keepdim=True)
-            correct += (counts & (best == target)[:, 0]).sum()
+            largest = logits.amax(dim=1, keepdim=True)
             of_target = logits.gather(1, target) - largest
+            correct += (counts & (of_target == 0)[:, 0]).sum()
             total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
             loss += torch.where(counts, (total.log() - of_target)[:, 0], 0).sum()
             # what follows is the gradient of the loss by the logits: softmax, less 1 at the label

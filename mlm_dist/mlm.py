@@ -17,7 +17,11 @@ class SplitHead(Protocol):
     """A transformer whose head can run on some of the positions: head(hidden_states(ids)) equals its forward(ids)."""
 
     def hidden_states(self, ids: Tensor, **kwargs: Any) -> Tensor:
-        """ids (B, T) -> hidden states (B, T, d)."""
+        """ids (B, T) -> hidden states (B, T, d).
+
+        With an attribute `takes_positions` it is called with positions (B, K) of each row as the keyword `wanted`, and
+        returns the states of these, (B, K, d).
+        """
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (N, d) -> logits (N, V).
@@ -198,6 +202,9 @@ class MLM(nn.Module):
         first = torch.arange(rows, device=masked.ids.device)[:, None] * row_tokens
         index = (masked.positions + first).flatten()  # (B * K,) into (B * T,)
         if has_split_head(self.transformer):
+            if getattr(self.transformer, "takes_positions", False):
+                hidden = self.transformer.hidden_states(masked.ids, wanted=masked.positions, **kwargs)  # (B, K, d)
+                return self.transformer.head(hidden.flatten(0, 1), *labels)
             hidden = self.transformer.hidden_states(masked.ids, **kwargs)  # (B, T, d)
             return self.transformer.head(hidden.flatten(0, 1)[index], *labels)
         logits = logits_of(self.transformer(masked.ids, **kwargs))  # (B, T, V)
