@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "data.cache_gb",
     "data.fetch_seconds",
     "batch.micro_rows",
+    "model.encoder.recompute",
     "engine.timeout_seconds",
     "log",
     "checkpoint",

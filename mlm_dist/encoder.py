@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from mlm_dist import cpu_layer
 from mlm_dist.linear_loss import linear_cross_entropy
@@ -40,6 +41,9 @@ class EncoderConfig:
     init_std: float = setting(0.02, above=0, help="standard deviation of the initial weights, cut at twice that")
     max_documents: int = setting(
         32, low=1, help="on a GPU: documents, and padding, that the rows of a micro-batch may hold on average"
+    )
+    recompute: bool = setting(
+        False, help="keep each layer's input alone, and compute the rest again in the backward pass: less memory"
     )
 
     def __post_init__(self) -> None:
@@ -238,9 +242,17 @@ class Trunk(nn.Module):
         contexts = self.contexts(x, segments)
         *before, last = self.layers
         for i, layer in enumerate(before):
-            x = layer(x, contexts[self.config.is_global(i)])
-        x = last(x, contexts[self.config.is_global(len(before))], wanted)
+            x = self.through(layer, x, contexts[self.config.is_global(i)])
+        x = self.through(last, x, contexts[self.config.is_global(len(before))], wanted)
         return self.final_norm(x)
+
+    def through(self, layer: Layer, x: Tensor, context: Context, wanted: Tensor | None = None) -> Tensor:
+        """What the layer makes of x; with `recompute` again in the backward pass (Chen et al., arXiv 1604.06174)."""
+        if not (self.config.recompute and torch.is_grad_enabled()):
+            return layer(x, context, wanted)
+        # Nothing in a layer is random. Stopping early is what leaves ZeRO stage 3's weights there until they were used.
+        options = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": True}
+        return checkpoint(layer, x, context, wanted, **options)
 
     def contexts(self, x: Tensor, segments: Tensor | None) -> dict[bool, Context]:
         """The contexts of global (True) and of window layers (False), where there are such, for x (B, T, d)."""

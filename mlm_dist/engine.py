@@ -17,6 +17,7 @@ os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 import deepspeed
 from deepspeed.ops import __compatible_ops__ as compatible_ops
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import logger as deepspeed_logger
 
 from mlm_dist import masking, optim
@@ -265,8 +266,11 @@ class Engine:
                 self.deepspeed.set_gradient_accumulation_boundary(micro_step + 1 == len(batches))
             with self.watches["forward"].lap():
                 sums = self._forward(batch, self._row_keys(batch, step, micro_step), rate)
+            under_way = len(FWD_MODULE_STACK)
             with self.watches["backward"].lap():
                 self.deepspeed.backward(sums["loss"] * scale, scale_wrt_gas=False)
+            # a layer that is computed again stops early, and stage 3's hook that ends its forward pass doesn't run
+            del FWD_MODULE_STACK[under_way:]
             with self.watches["optimizer"].lap():
                 self.deepspeed.step()
             detached = StepSums(**{name: value.detach() for name, value in sums.items()})

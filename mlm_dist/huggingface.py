@@ -40,7 +40,7 @@ FIXED_IN_ENCODER = {
 }
 # options that are not the user's to set
 DECIDED = {"vocab_size": "the tokenizer's to say", "return_dict": "needed as it is"}
-NO_PART_OF_THE_SHAPE = ("init_std", "max_positions", "max_documents")
+NO_PART_OF_THE_SHAPE = ("init_std", "max_positions", "max_documents", "recompute")
 
 
 # ---- the encoder from and to ModernBERT

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import run
 from torch import Tensor
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-from mlm_dist import encoder
+from mlm_dist import cpu_layer, encoder
 from mlm_dist.encoder import Encoder, EncoderConfig
 from mlm_dist.schema import ConfigError
 
@@ -171,6 +172,47 @@ def test_a_copy_of_the_model_has_a_decoder_of_its_own() -> None:
     assert torch.equal(other.head(hidden)[0], other.decoder.bias)
 
 
+# ---- computing the layers again
+
+PEAKS = """
+import torch
+from mlm_dist.encoder import Encoder, EncoderConfig
+
+def peak() -> int:
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+torch.set_num_threads(1)
+shape = dict(layers=12, width=128, heads=2, mlp_width=512, max_positions=512)
+for recompute in (True, False):
+    model = Encoder(EncoderConfig(**shape, recompute=recompute), 128)
+    before = peak()
+    model(torch.ones(8, 512, dtype=torch.int64)).sum().backward()
+    print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("some", [True, False])
+def test_layers_computed_again_change_no_bit_of_states_and_gradients(monkeypatch, by_hand: bool, some: bool) -> None:
+    if not by_hand:
+        monkeypatch.setattr(cpu_layer, "usable", lambda x: False)
+    models = [Encoder(EncoderConfig(**{**vars(SMALL), "recompute": recompute}), VOCAB) for recompute in (False, True)]
+    models[1].load_state_dict(models[0].state_dict())  # the same names
+    ids, segments = example_ids(3, 48), torch.arange(48).div(20, rounding_mode="floor").expand(3, 48)
+    wanted = torch.randint(48, (3, 10)) if some else None
+    found = []
+    for model in models:
+        states = model.hidden_states(ids, segments=segments, wanted=wanted)
+        model.head(states).square().sum().backward()
+        found.append([states, *(weight.grad for weight in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_layers_computed_again_take_a_fraction_of_the_memory() -> None:
+    again, on_top = map(int, run("-c", PEAKS).stdout.split())
+    assert 2 * again < again + on_top
+
+
 # ---- the padded vocabulary
 
 
@@ -260,9 +302,10 @@ def test_variable_length_attention_on_the_gpu_equals_masked_attention(window: in
 # ---- compiling, and refusals
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_model_compiles_without_a_graph_break(packed: bool) -> None:
-    model = Encoder(SMALL, VOCAB)
+def test_the_model_compiles_without_a_graph_break(packed: bool, recompute: bool) -> None:
+    model = Encoder(EncoderConfig(**{**vars(SMALL), "recompute": recompute}), VOCAB)
     ids = example_ids(2, 32)
     segments = torch.arange(32).div(10, rounding_mode="floor").expand(2, 32) if packed else None
     expected = model(ids, segments=segments)

@@ -8,11 +8,13 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from ranks import on_ranks
 from torch import nn
 
-from mlm_dist import batch_size, masking, optim, stream, vocab, world
+from mlm_dist import batch_size, cpu_layer, masking, optim, stream, vocab, world
 from mlm_dist.batch_size import BatchConfig
+from mlm_dist.encoder import Encoder, EncoderConfig
 from mlm_dist.engine import Engine, EngineConfig, deepspeed_json, merge, resolve_precision
 from mlm_dist.manifest import load_manifest
 from mlm_dist.masking import MaskingConfig
@@ -29,6 +31,7 @@ GROWING = BatchConfig(seq_len=64, global_rows=16, micro_rows=2, warmup_rows=2, w
 MASKING = MaskingConfig(seed_by="sample")
 OPTIM = OptimConfig(lr=1e-3)
 CLIP = 0.5
+SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # small weights too
 
 
 class Small(nn.Module):
@@ -47,9 +50,15 @@ class Small(nn.Module):
         return self.out(self.norm(x))
 
 
-def build(tokenizer: vocab.Vocab) -> MLM:
+def build(tokenizer: vocab.Vocab, recompute: bool | None = None) -> MLM:
+    """recompute: an encoder in place of `Small`, its layers computed again or not."""
     world.seed_everything(SEED)
-    return MLM(Small(tokenizer.size), **masking.mlm_keywords(MASKING, tokenizer))
+    if recompute is None:
+        model = Small(tokenizer.size)
+    else:
+        shape = EncoderConfig(layers=3, width=32, heads=2, mlp_width=48, global_every=2, window=16, recompute=recompute)
+        model = Encoder(shape, tokenizer.size)
+    return MLM(model, **masking.mlm_keywords(MASKING, tokenizer))
 
 
 def windows(toy: Path, tokenizer: vocab.Vocab, batch: BatchConfig, rank: int, size: int) -> Iterator[list[Batch]]:
@@ -67,17 +76,19 @@ def on_engine(toy: Path, batch: BatchConfig, *stages: int) -> dict[int, dict]:
         return {stage: train(toy, batch, stage, here) for stage in stages}
 
 
-def train(toy: Path, batch: BatchConfig, stage: int, here: World) -> dict:
+def train(toy: Path, batch: BatchConfig, stage: int, here: World, recompute: bool | None = None) -> dict:
     tokenizer = vocab.load(toy / "tokenizer")
     config = EngineConfig(zero_stage=stage, clip=CLIP, precision="fp32")
-    engine = Engine(build(tokenizer), config, OPTIM, batch, MASKING, SEED, here, {})
-    losses = []
+    model, extra = build(tokenizer, recompute), SHARD_ALL if recompute is not None else {}
+    engine = Engine(model, config, OPTIM, batch, MASKING, SEED, here, extra)
+    losses, under_way = [], len(FWD_MODULE_STACK)
     for step, window in enumerate(windows(toy, tokenizer, batch, here.rank, here.size)):
         counted = sum(int(masking.targets_of(b.maskable, RATE).sum()) for b in window)
         targets = int(here.sum(torch.tensor(counted)))
         sums = engine.train_step(window, targets, step, lr=1e-3, rate=RATE)
         assert int(here.sum(sums.targets)) == targets
         losses.append(here.sum(sums.loss).item() / targets)
+        assert len(FWD_MODULE_STACK) == under_way  # nothing piles up there, step by step
     return {"losses": losses, "weights": full_weights(engine, stage)}
 
 
@@ -136,6 +147,23 @@ def test_two_ranks_equal_one_process_while_the_batch_grows(toy: Path) -> None:
     for rank in on_ranks(2, on_engine, toy, GROWING, 0, 1, 2, 3):
         for stage in (0, 1, 2, 3):
             check_equal(rank[stage], expected)
+
+
+def computed_again(toy: Path, by_hand: bool, *stages: int) -> dict[int, tuple[dict, dict]]:
+    """By stage, training with layers that are computed once, and again."""
+    if not by_hand:
+        cpu_layer.usable = lambda x: False  # of this process
+    with world.join(120) as here:
+        return {stage: tuple(train(toy, BATCH, stage, here, again) for again in (False, True)) for stage in stages}
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_layers_computed_again_change_no_bit_of_losses_and_weights(toy: Path, by_hand: bool) -> None:
+    for rank in on_ranks(2, computed_again, toy, by_hand, 0, 1, 2, 3):
+        for once, again in rank.values():
+            assert again["losses"] == once["losses"] and once["losses"][-1] < once["losses"][0]
+            assert again["weights"].keys() == once["weights"].keys()
+            assert all(torch.equal(again["weights"][name], weight) for name, weight in once["weights"].items())
 
 
 @pytest.mark.slow

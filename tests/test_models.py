@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -480,6 +481,8 @@ def test_flops_of_the_encoder_follow_the_formula() -> None:
     expected = 3 * (2 * matrices + attended + head)
     norms = (2 * layers - 1) * d
     assert models.flops_per_token(config, model, 1000, 32, 0.25) == expected + 6 * norms
+    again = ModelConfig(encoder=replace(SHAPE, recompute=True))  # what is computed twice counts once
+    assert models.flops_per_token(again, model, 1000, 32, 0.25) == expected + 6 * norms
 
 
 def test_flops_of_any_other_model_are_six_times_its_parameters() -> None:
