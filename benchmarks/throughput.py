@@ -15,13 +15,8 @@ limit              what the machine's matrix products at the encoder's shapes wo
 
 import argparse
 import json
-import os
-import platform
-import re
-import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -33,26 +28,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import ON_CPU, Failed, add_shape, build_shards, machine, run, shape_of  # noqa: E402
 from benchmarks.loader_data import dump_documents  # noqa: E402
 from benchmarks.products import peak_flops, products_of  # noqa: E402
 from mlm_dist import models, vocab  # noqa: E402
-from mlm_dist.encoder import EncoderConfig, padded  # noqa: E402
+from mlm_dist.encoder import padded  # noqa: E402
 from mlm_dist.manifest import load_manifest  # noqa: E402
 from mlm_dist.models import ModelConfig  # noqa: E402
 
 SEED = 0
-TIMEOUT_SECONDS = 1800
-SETTINGS = {
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "WANDB_SILENT": "true",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-
-class Failed(RuntimeError):
-    """Why a system has no figure."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,52 +45,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text", type=Path, nargs="+", required=True, help="whatever shards/build.py takes as --input")
     add("--peers", type=Path, help="the python of an environment with benchmarks/requirements-throughput.txt")
     add("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="what to measure (default: all)")
-    add("--ranks", type=int, default=2, help="processes (default: 2)")
     add("--rounds", type=int, default=2, help="in which all systems take turns (default: 2)")
     add("--steps", type=int, default=60, help="of each system in each round, a multiple of 4 (default: 60)")
-    add("--row-tokens", type=int, default=256, help="positions in a row (default: 256)")
-    add("--rows", type=int, default=16, help="of a rank in a step (default: 16)")
-    add("--layers", type=int, default=6)
-    add("--width", type=int, default=256)
-    add("--heads", type=int, default=4)
-    add("--mlp-width", type=int, default=384, help="of the gated MLP, after the gate (default: 384)")
-    add("--vocab-size", type=int, default=8192, help="of the tokenizer trained on the text (default: 8192)")
-    add("--mask-rate", type=float, default=0.3, help="share of the tokens to predict (default: 0.3)")
+    add_shape(parser)
     add("--lr", type=float, default=1e-3, help="after a warm-up of a tenth of the steps (default: 1e-3)")
     add("--zero-stage", type=int, default=1, help="of mlm_dist (default: 1)")
-    add("--exclude", nargs="+", default=[], help="as for shards/build.py")
     add("--repeats", type=int, default=5, help="of the products, in each round (default: 5)")
-    add("--scratch", type=Path, help="a folder for the temporary files (default: the system's)")
     args = parser.parse_args(argv)
     if args.steps < 4 or args.steps % 4:
         parser.error("--steps must be a multiple of 4: speed leaves out a quarter, the loss is of another")
     return args
-
-
-def run(command: Sequence[object], settings: dict[str, str]) -> str:
-    """What a command printed. Raises Failed where it didn't end well; nothing of it goes on running."""
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT, env=os.environ | SETTINGS | settings, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-    except BaseException as error:  # Ctrl-C too
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise Failed(f"it took more than {TIMEOUT_SECONDS} s") from error
-        raise
-    if process.returncode:
-        raise Failed(reason(out + errors) or f"it ended with {process.returncode}")
-    return out
-
-
-def reason(text: str) -> str:
-    """The first error that is named in what a command said: launchers add their own after it."""
-    named = re.search(r"(?:\w+Error|error): .*", text)
-    return named.group() if named else (text.strip().splitlines() or [""])[-1]
 
 
 # ---- the work
@@ -117,15 +65,10 @@ class Work:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.shards = args, folder, folder / "shards"
-        options = ["--input", *args.text, "--out", self.shards, "--tokenizer", f"train:{args.vocab_size}"]
-        options += ["--valid-fraction", 0.01, *(["--exclude", *args.exclude] if args.exclude else [])]
-        run([sys.executable, "shards/build.py", *options], {})
+        build_shards(args, self.shards)
         self.manifest = load_manifest(self.shards / "train")
         self.vocab = vocab.load(self.shards / "tokenizer")
-        self.shape = EncoderConfig(
-            layers=args.layers, width=args.width, heads=args.heads, mlp_width=args.mlp_width,
-            max_positions=args.row_tokens,
-        )  # fmt: skip
+        self.shape = shape_of(args)
         config = ModelConfig(encoder=self.shape)
         with torch.device("meta"):
             model = models.build(config, self.vocab.size, args.row_tokens)
@@ -167,7 +110,7 @@ def train_mlm_dist(work: Work, scratch: Path) -> dict[str, Any]:
         # both come after the last step, and are not measured
         f"checkpoint.every_steps={never}", f"evaluate.every_steps={never}", "evaluate.max_rows=32",
     ]  # fmt: skip
-    settings = {"CPU_RANKS": str(args.ranks), "PYTHON": sys.executable}
+    settings = ON_CPU | {"CPU_RANKS": str(args.ranks), "PYTHON": sys.executable}
     run(["launch/local.sh", "launch/pretrain.py", "--config", "configs/base.yaml", *overrides], settings)
     written = (scratch / "run" / "metrics.jsonl").read_text().splitlines()
     lines = [line for line in map(json.loads, written) if "loss" in line]
@@ -199,7 +142,7 @@ def peer(script: str, model: str = "") -> Callable[[Work, Path], dict[str, Any]]
             port = free.getsockname()[1]
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", work.args.ranks, "--master-port", port]
         try:
-            out = run([work.args.peers, *launcher, ROOT / "benchmarks" / "peers" / script, task], {})
+            out = run([work.args.peers, *launcher, ROOT / "benchmarks" / "peers" / script, task], ON_CPU)
         except OSError as error:
             raise Failed(str(error)) from error
         return next(json.loads(line) for line in out.splitlines() if line.startswith('{"tokens_per_second"'))
@@ -284,8 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except Failed as error:
             sys.exit(f"error: no shards were made of the text: {error}")
         shape = {name: getattr(args, name) for name in ("ranks", "rows", "row_tokens", "steps", "mask_rate", "lr")}
-        machine = {"cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
-        say(work=shape | vars(work.shape), **machine, device=platform.processor() or "cpu")
+        say(work=shape | vars(work.shape), **machine())
         for number in range(1, args.rounds + 1):
             for name in names:
                 said = {"system": SYSTEMS[name][0], "round": number}

@@ -90,3 +90,46 @@ def test_a_peer_that_is_not_there_is_told_and_the_throughput_benchmark_goes_on(t
     *skipped, limit, _ = throughput(tmp_path, "--only", "modernbert", "mlm-pytorch", "limit", *peers)
     assert [line["skipped"].count("no-python") for line in skipped] == [1, 1]
     assert limit["tokens_per_second"] > 0
+
+
+def engine(*options: object) -> list[dict]:
+    """The lines of a short run on a tiny shape."""
+    shape = ["--layers", 2, "--width", 32, "--heads", 1, "--mlp-width", 48, "--vocab-size", 300, "--row-tokens", 32]
+    shape += ["--rows", 4, "--rounds", 2, "--steps", 2, "--warm-steps", 1]
+    command = [sys.executable, ROOT / "benchmarks" / "engine.py", *shape, *options]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["benchmark"] for line in lines} == {"engine"}
+    return lines[1:]
+
+
+@pytest.mark.slow
+def test_the_engine_benchmark_sets_every_stage_beside_plain_ddp(toy: Path) -> None:
+    lines = engine("--shards", toy, "--micro-rows", 2)
+    rounds, summary = lines[:-5], lines[-5:]
+    systems = ["ddp", "zero0", "zero1", "zero2", "zero3"]
+    assert [line["system"] for line in summary] == systems
+    assert [line["system"] for line in rounds] == [*systems, *systems[1:], "ddp"]  # each begins with another
+    for line in lines:
+        parts = [line[f"{part}_seconds"] for part in ("forward", "backward", "optimizer")]
+        assert all(part > 0 for part in parts) and sum(parts) < 1.1 * line["step_seconds"]
+        assert line["tokens_per_second"] > 0
+    for number in (1, 2):  # the same work: the same loss
+        losses = [line["loss"] for line in rounds if line["round"] == number]
+        assert losses == pytest.approx([losses[0]] * 5, abs=1e-4)
+    assert "over_ddp" not in summary[0] and all(line["over_ddp"] > 0 for line in summary[1:])
+
+
+@pytest.mark.slow
+def test_the_engine_benchmark_measures_memory_and_scaling() -> None:
+    cells = engine("--memory", "--systems", "zero1", "--rows", 64, "--layers", 6, "--row-tokens", 128)
+    assert [(line["micro_rows"], line["recompute"]) for line in cells] == [
+        (16, False), (16, True), (64, False), (64, True)
+    ]  # fmt: skip
+    few, few_again, all_at_once, all_again = (line["peak_mb"] for line in cells)
+    assert all_at_once > few > 0 and all_at_once > all_again and few_again > 0
+    lines = engine("--scaling", "--rounds", 1)
+    summary = [(line["ranks"], line["system"], line["efficiency"]) for line in lines if "summary" in line]
+    assert [each[:2] for each in summary] == [(1, "ddp"), (1, "zero1"), (2, "ddp"), (2, "zero1")]
+    assert summary[0][2] == summary[1][2] == 1 and all(each[2] > 0 for each in summary)
