@@ -199,12 +199,12 @@ class MLM(nn.Module):
         rows, row_tokens = masked.ids.shape
         if rows * row_tokens == 0:
             return self.no_logits()
+        if has_split_head(self.transformer) and getattr(self.transformer, "takes_positions", False):
+            hidden = self.transformer.hidden_states(masked.ids, wanted=masked.positions, **kwargs)  # (B, K, d)
+            return self.transformer.head(hidden.flatten(0, 1), *labels)
         first = torch.arange(rows, device=masked.ids.device)[:, None] * row_tokens
         index = (masked.positions + first).flatten()  # (B * K,) into (B * T,)
         if has_split_head(self.transformer):
-            if getattr(self.transformer, "takes_positions", False):
-                hidden = self.transformer.hidden_states(masked.ids, wanted=masked.positions, **kwargs)  # (B, K, d)
-                return self.transformer.head(hidden.flatten(0, 1), *labels)
             hidden = self.transformer.hidden_states(masked.ids, **kwargs)  # (B, T, d)
             return self.transformer.head(hidden.flatten(0, 1)[index], *labels)
         logits = logits_of(self.transformer(masked.ids, **kwargs))  # (B, T, V)
