@@ -192,21 +192,21 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, context: Context, wanted: Tensor | None = None) -> Tensor:
         """x (B, T, d) -> (B, T, d); or (B, K, d), of the positions `wanted` (B, K) of each row alone."""
-        if cpu_layer.usable(x):
-            return self.by_hand(x, context, wanted)
-        attended = self.attn(self.attn_norm(x), context)
+        by_hand = cpu_layer.usable(x)
+        attended = self.attend_by_hand(x, context) if by_hand else self.attn(self.attn_norm(x), context)
         if wanted is not None:
             x, attended = positions_of(x, wanted), positions_of(attended, wanted)
+        if by_hand:
+            return self.feed_by_hand(x, attended)
         x = x + self.attn.Wo(attended)
         return x + self.mlp(self.mlp_norm(x))
 
-    def by_hand(self, x: Tensor, context: Context, wanted: Tensor | None) -> Tensor:
-        attn, mlp = self.attn, self.mlp
+    def attend_by_hand(self, x: Tensor, context: Context) -> Tensor:
         gain = None if isinstance(self.attn_norm, nn.Identity) else self.attn_norm.weight
-        attended = cpu_layer.Attend.apply(x, gain, attn.Wqkv.weight, context.place, attn.heads, self.mlp_norm.eps)
-        if wanted is not None:
-            x, attended = positions_of(x, wanted), positions_of(attended, wanted)
-        weights = attn.Wo.weight, self.mlp_norm.weight, mlp.Wi.weight, mlp.Wo.weight
+        return cpu_layer.Attend.apply(x, gain, self.attn.Wqkv.weight, context.place, self.attn.heads, self.mlp_norm.eps)
+
+    def feed_by_hand(self, x: Tensor, attended: Tensor) -> Tensor:
+        weights = self.attn.Wo.weight, self.mlp_norm.weight, self.mlp.Wi.weight, self.mlp.Wo.weight
         return cpu_layer.Feed.apply(x, attended, *weights, self.mlp_norm.eps)
 
 
@@ -319,6 +319,8 @@ class Encoder(nn.Module):
               positions count from 0 in each; None: every row is one document
     """
 
+    takes_positions = True
+
     def __init__(self, config: EncoderConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
@@ -329,8 +331,6 @@ class Encoder(nn.Module):
         if config.tie:
             self.decoder.weight = self.model.embeddings.tok_embeddings.weight
         self.initialise()
-
-    takes_positions = True
 
     def forward(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
         return self.head(self.model(ids, segments))
