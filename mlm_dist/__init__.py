@@ -51,7 +51,8 @@ Reading order is import order: a module imports only modules above it in this li
     evaluate     held-out loss with frozen masks
     config       RunConfig: the sections above; checks across sections
     assembly     a run's parts from its configuration: data, objective, a trained model
-    prepare      a run on this rank before its first step: at its newest checkpoint, or at its beginning
+    start        what a run starts from: its own newest checkpoint, one of another run, or nothing
+    prepare      a run on this rank before its first step: its parts, put together
     train        the loop
     card         what a model card says: how the model was trained
     export       a trained model -> Hugging Face folder

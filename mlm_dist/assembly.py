@@ -1,5 +1,6 @@
 """A run's parts from its configuration: the data and their tokenizer, the objective, a trained model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,10 +32,14 @@ def objective(cfg: RunConfig, transformer: torch.nn.Module, tokenizer: Vocab) ->
     return MLM(transformer, **masking.mlm_keywords(cfg.masking, tokenizer))
 
 
+def build_model(cfg: RunConfig, tokenizer: Vocab, is_trained: bool) -> torch.nn.Module:
+    """The bare model. is_trained: its weights will be a checkpoint's, whatever `model.from` has come to since."""
+    model = replace(cfg.model, from_=None) if is_trained and cfg.model.kind == "encoder" else cfg.model
+    return models.build(model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing)
+
+
 def load_model(cfg: RunConfig, tokenizer: Vocab, saved: Path) -> MLM:
     """The bare model of a run with a checkpoint's weights, in fp32 on the host."""
-    model = objective(
-        cfg, models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing), tokenizer
-    )
+    model = objective(cfg, build_model(cfg, tokenizer, is_trained=True), tokenizer)
     model.load_state_dict(checkpoint.full_weights(saved))
     return model

@@ -84,14 +84,18 @@ def newest_whole(folder: Path, world: World, say: Callable[[str], None]) -> Path
     """
     names = world.broadcast(newest_first(folder))
     for name in names:
-        # each rank checks its share; what one finds stops all
-        faults = [fault for part in world.gather(verify(folder / name, world.rank, world.size)) for fault in part]
+        faults = faults_of(folder / name, world)
         if not faults:
             return folder / name
         say(f"checkpoint {folder / name} is refused: {faults[0]}; it is kept as {set_aside(folder, name, world)}")
     if names:
         raise CheckpointError(f"no checkpoint of {folder} is whole; restore one, or start again in another run.dir")
     return None
+
+
+def faults_of(saved: Path, world: World) -> list[str]:
+    """What is wrong with a checkpoint, in words. All ranks call it: each checks its share, and learns of all."""
+    return [fault for part in world.gather(verify(saved, world.rank, world.size)) for fault in part]
 
 
 def set_aside(folder: Path, name: str, world: World) -> str:
@@ -106,18 +110,19 @@ def set_aside(folder: Path, name: str, world: World) -> str:
     return f"bad-{number}-{name}"
 
 
-def load(saved: Path, engine: Engine, world: World) -> None:
+def load(saved: Path, engine: Engine, world: World, scratch: Path) -> None:
     """Put a whole checkpoint's weights and optimizer state into the engine. All ranks call it.
 
     One that another number of ranks saved goes through DeepSpeed's universal checkpoint, for which the engine must have
     been made (`needs_resharding`).
+    scratch: the folder of checkpoints of the run that loads it, where a conversion has room
     """
     if not needs_resharding(saved, world):
-        with refusing_foreign_objects(saved):
+        with refusing_foreign_objects(saved), engine.own_optimizer_options():
             path, _ = engine.deepspeed.load_checkpoint(str(saved), tag=TAG)
         assert path is not None, "DeepSpeed found no checkpoint where one was verified"
         return
-    folder = saved.parent / f"tmp-universal-{saved.name}"
+    folder = scratch / f"tmp-universal-{saved.name}"
     problem = None
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)

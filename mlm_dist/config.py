@@ -45,10 +45,32 @@ MAY_CHANGE = (
     "evaluate",
 )
 
+# And what else may differ between a run and the one that it starts from (`run.from`).
+MAY_DIFFER = (
+    "run",
+    "data",
+    "batch",
+    "masking",
+    "schedule",
+    "optim.lr",
+    "optim.beta*",
+    "optim.eps",
+    "optim.weight_decay",
+    "engine.clip",
+    "engine.max_non_finite_steps",
+    "model.encoder.rope_theta",
+    "model.encoder.rope_theta_local",
+    "model.encoder.max_positions",
+    "model.encoder.max_documents",
+)
+
 
 @dataclass(frozen=True)
 class RunSection:
     dir: str = setting(help="the run folder: checkpoints, metrics and all that the run leaves")
+    from_: str | None = setting(
+        None, help="a run folder, for its newest checkpoint, or one checkpoint: what a new run starts from"
+    )
     seed: int = setting(1337, low=0, help="of the weights, the data order and the masks")
     steps: int | None = setting(None, low=1, help="length of the run in optimizer steps")
     tokens: int | None = setting(None, low=1, help="length of the run in positions (rows x seq_len)")
@@ -60,6 +82,10 @@ class RunSection:
             raise ConfigError(
                 f"state the length once, as steps, tokens or hours: given is {' and '.join(given) or 'none of them'} "
                 "(null takes a parent's back)"
+            )
+        if self.from_ and Path(self.from_).resolve().is_relative_to(Path(self.dir).resolve()):
+            raise ConfigError(
+                f"from = {self.from_} stands in dir = {self.dir}, where a run goes on by itself; set another run.dir"
             )
 
 
@@ -103,18 +129,19 @@ def total_steps(config: RunConfig) -> int | None:
     return config.run.steps
 
 
-def refused_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs from the saved resolved configuration and may not, one sentence each."""
+def changes(saved: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> dict[str, str]:
+    """What differs from the saved resolved configuration, but for what is allowed to: a sentence for each key."""
     before, after = schema.flatten(saved), schema.flatten(now)
-    return [
-        f"{key} was {before.get(key)!r} and is {after.get(key)!r} now"
+    return {
+        key: f"{key} was {before.get(key)!r} and is {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not may_change(key)
-    ]
+        if before.get(key) != after.get(key) and not is_among(key, allowed)
+    }
 
 
-def may_change(key: str) -> bool:
-    return any(fnmatchcase(key, allowed) or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+def is_among(key: str, names: Sequence[str]) -> bool:
+    """Whether a key is one of these keys, or in one of these sections."""
+    return any(fnmatchcase(key, name) or key.startswith(f"{name}.") for name in names)
 
 
 def memory_by_stage(parameters: int, precision: str, world_size: int) -> dict[int, float]:

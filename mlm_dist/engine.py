@@ -312,10 +312,11 @@ class Engine:
 
     @contextmanager
     def own_optimizer_options(self) -> Iterator[None]:
-        """Put right what loading a universal checkpoint does to the optimizer at stage 3, in DeepSpeed 0.19.8.
+        """Have a load leave the options of each group (betas, weight decay, ...) as the configuration states them.
 
-        Every group gets the first one's options, weight decay for biases among them; and all get the same tensor as
-        their count of steps, so that each step counts once for every group.
+        And put right what loading a universal checkpoint does at stage 3, in DeepSpeed 0.19.8: every group gets the
+        first one's options, and all the same tensor as their count of steps, so that each step counts once for every
+        group.
         """
         groups = [{name: value for name, value in g.items() if name != "params"} for g in self.optimizer.param_groups]
         yield

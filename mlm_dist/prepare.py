@@ -1,14 +1,14 @@
-"""A run on this rank before its first step: at its newest checkpoint, or at its beginning."""
+"""A run on this rank before its first step, wherever it starts from."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlm_dist import assembly, checkpoint, config, mixture, models, schema, stream, world
+from mlm_dist import assembly, checkpoint, mixture, models, schema, start, stream, world
 from mlm_dist.checkpoint import State
 from mlm_dist.config import RunConfig
-from mlm_dist.cursor import Progress, upgraded
+from mlm_dist.cursor import Progress
 from mlm_dist.engine import Engine, resolve_precision
 from mlm_dist.metrics import Meter
 from mlm_dist.mixture import Sources
@@ -44,7 +44,7 @@ class Run:
 
 
 def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack: ExitStack) -> Run:
-    """Build the run on this rank, at its newest whole checkpoint where there is one."""
+    """Build the run on this rank, where it starts from."""
     sources, valid, tokenizer = assembly.open_data(cfg, here.size)
     folders = " and ".join(folder.shards for folder in cfg.data.folders().values())
     if len(set(here.gather(mixture.hash_of(sources)))) > 1:
@@ -55,22 +55,23 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
         "data": mixture.counts(sources),
         "precision": resolve_precision(cfg.engine, here.device),
         "config": redact(schema.to_mapping(cfg)),
+        "from": None,
     }
     tracker = Tracker(cfg.log, folder, here.is_main, lambda: state.total_steps)
-    saved = checkpoint.newest_whole(folder / "checkpoints", here, tracker.say)
-    state = resumed_state(cfg, folder, saved, facts)
+    begun = start.find(cfg, folder, facts, here, tracker.say)
+    saved, state = begun.saved, begun.state
 
     world.seed_everything(cfg.run.seed)
-    transformer = models.build(cfg.model, tokenizer.size, cfg.batch.seq_len, tokenizer, cfg.data.packing)
+    transformer = assembly.build_model(cfg, tokenizer, is_trained=saved is not None)
     flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
     model = assembly.objective(cfg, transformer, tokenizer)
     resharded = saved is not None and checkpoint.needs_resharding(saved, here)
     engine = Engine(model, cfg.engine, cfg.optim, cfg.batch, cfg.masking, cfg.run.seed, here, cfg.deepspeed, resharded)
     if saved:
-        checkpoint.load(saved, engine, here)
-        tracker.say(f"resumed from step {state.step}")
+        checkpoint.load(saved, engine, here, folder / "checkpoints")
+        tracker.say(begun.told)
     if here.is_main:
-        tracker.start(state.step, describe(cfg, folder, here, tokenizer, engine, facts))
+        tracker.start(state.step, describe(cfg, folder, here, tokenizer, engine, state.facts), begun.own)
     if not valid:
         tracker.say(f"{folders} holds no held-out documents: nothing is evaluated")
     if not mixture.is_roomy(sources, cfg.data.lanes):
@@ -101,25 +102,6 @@ def describe(
     """Write to the run folder what the run comes from; returns it, flat, for W&B. Rank 0 calls it."""
     tokenizer.save(folder / "tokenizer")
     (folder / "config.yaml").write_text(schema.to_yaml(schema.from_mapping(RunConfig, facts["config"])))
-    more = {name: facts[name] for name in ("manifest", "tokenizer", "precision")}
+    more = {name: facts[name] for name in ("manifest", "tokenizer", "precision", "from")}
     more |= {"ranks": here.size, "device": here.device_name}
     return schema.flatten(facts["config"] | write_inputs(folder, engine.json, more, cfg.log.log_diff))
-
-
-def resumed_state(cfg: RunConfig, folder: Path, saved: Path | None, facts: dict[str, Any]) -> State:
-    """The state to start from, saved or fresh. Raises ConfigError for a changed configuration or other data."""
-    state = checkpoint.load_state(saved) if saved else State(facts=facts)
-    changes = config.refused_changes(state.facts["config"], facts["config"])
-    if state.facts["precision"] != facts["precision"]:
-        changes.append(f"engine.precision came to {state.facts['precision']} and comes to {facts['precision']} now")
-    for name in ("manifest", "tokenizer"):
-        if state.facts[name] != facts[name]:
-            changes.append(f"the {name} of {'data.shards' if cfg.data.shards else 'data.sources'} is another")
-    if changes:
-        raise ConfigError(f"{folder} can't be resumed: {'; '.join(changes)}; change it back, or set another run.dir")
-    if cfg.run.hours is None or cfg.run.hours != state.facts["config"]["run"]["hours"]:
-        total = config.total_steps(cfg)
-        state.total_steps = total if total is None else max(total, state.step)
-    state.facts = facts
-    state.cursor = upgraded(state.cursor) if state.cursor else None
-    return state

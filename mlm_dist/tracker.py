@@ -39,15 +39,17 @@ class Tracker:
         self.mirror = Mirror(log, folder, self.say, wandb_mode(log) if is_main else "disabled")
         self.alerts = Alerts(folder, self.say, self.mirror.alert)
 
-    def start(self, step: int, inputs: Mapping[str, Any]) -> None:
-        """Open the log of a launch that goes on from a step: what an earlier launch logged beyond it is dropped.
+    def start(self, step: int, inputs: Mapping[str, Any], resumed: bool) -> None:
+        """Open the log of a launch that begins at a step: what an earlier launch logged beyond it is dropped.
 
-        inputs: the configuration and what else the run comes from, for W&B
+        inputs:  the configuration and what else the run comes from, for W&B
+        resumed: from a checkpoint of the run; else nothing stays of what was logged before
         """
+        kept = step if resumed else -1
         self.started, self.first_step = time.perf_counter(), step
         if self.is_main:
-            lines = cut_lines(self.folder / "metrics.jsonl", step)
-            cut_lines(self.folder / PREDICTIONS, step)
+            lines = cut_lines(self.folder / "metrics.jsonl", kept)
+            cut_lines(self.folder / PREDICTIONS, kept)
             self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
             self.mirror.start(inputs, step, lines)
 

@@ -41,6 +41,8 @@ def test_the_resolved_configuration_round_trips_through_yaml(tmp_path: Path) -> 
         (["batch.seq_len=256"], "max_positions"),
         (["masking.keep=0.3"], "mask \\+ random \\+ keep"),
         (["schedule.decay_steps=600", "run.steps=600"], "set decay_steps to 550 or less"),
+        (["run.dir=runs/x", "run.from=runs/x"], "run: from = runs/x stands in dir = runs/x"),
+        (["run.dir=runs/x", "run.from=runs/y/../x/checkpoints/step_00000400"], "set another run.dir"),
         (["batch.warmup_rows=4"], "warmup_tokens is missing"),
         (["batch.warmup_rows=4", "batch.warmup_tokens=1e9"], "would never grow to 16 rows"),
     ],
@@ -61,13 +63,16 @@ def test_length_in_tokens_is_rounded_up_to_steps() -> None:
     assert before < 1_000_000 <= after and steps > config.total_steps(cfg)
 
 
+def changes(before: RunConfig, after: RunConfig, allowed: tuple[str, ...] = config.MAY_CHANGE) -> dict[str, str]:
+    return config.changes(schema.to_mapping(before), schema.to_mapping(after), allowed)
+
+
 def test_only_listed_keys_may_change_on_resume() -> None:
     cfg = config.load(QUICK)
     longer = replace(cfg, run=replace(cfg.run, steps=9999), log=replace(cfg.log, every_steps=1))
-    assert config.refused_changes(schema.to_mapping(cfg), schema.to_mapping(longer)) == []
+    assert changes(cfg, longer) == {}
     other = replace(cfg, optim=replace(cfg.optim, lr=0.5), batch=replace(cfg.batch, global_rows=64))
-    refused = config.refused_changes(schema.to_mapping(cfg), schema.to_mapping(other))
-    assert [text.split(" ")[0] for text in refused] == ["batch.global_rows", "optim.lr"]
+    assert list(changes(cfg, other)) == ["batch.global_rows", "optim.lr"]
 
 
 def test_null_drops_a_parent_s_source() -> None:
@@ -81,10 +86,10 @@ def test_a_sources_folder_may_move_and_its_weight_may_not_change() -> None:
     overrides = ["data.shards=null", "data.sources.law.shards=x", "data.sources.web.shards=y"]
     mixed = config.load(QUICK, [*overrides, "data.sources.law.weight=0.7"])
     moved = config.load(QUICK, ["data.shards=null", "data.sources.law={shards: z, weight: 0.7}", overrides[2]])
-    refused = lambda before, after: config.refused_changes(schema.to_mapping(before), schema.to_mapping(after))
-    assert refused(mixed, moved) == []
-    assert refused(mixed, config.load(QUICK, overrides)) == ["data.sources.law.weight was 0.7 and is 1.0 now"]
-    assert refused(mixed, config.load(QUICK)) == [
+    assert changes(mixed, moved) == {}
+    refused = changes(mixed, config.load(QUICK, overrides))
+    assert list(refused.values()) == ["data.sources.law.weight was 0.7 and is 1.0 now"]
+    assert list(changes(mixed, config.load(QUICK)).values()) == [
         "data.sources.law.weight was 0.7 and is None now",
         "data.sources.web.weight was 1.0 and is None now",
     ]
@@ -93,8 +98,24 @@ def test_a_sources_folder_may_move_and_its_weight_may_not_change() -> None:
 def test_every_key_that_may_change_exists() -> None:
     mixed = config.load(QUICK, ["data.shards=null", "data.sources.law.shards=x"])
     keys = schema.flatten(schema.to_mapping(mixed)) | {"data.shards": "x"}
-    for allowed in config.MAY_CHANGE:
+    for allowed in (*config.MAY_CHANGE, *config.MAY_DIFFER):
         assert any(fnmatchcase(key, allowed) or key.startswith(f"{allowed}.") for key in keys), allowed
+
+
+def test_what_may_differ_from_the_run_that_a_run_starts_from() -> None:
+    """Lengths, schedules, data and batches; never what makes the weights or the optimizer's state others."""
+    cfg, allowed = config.load(QUICK), (*config.MAY_CHANGE, *config.MAY_DIFFER)
+    free = [
+        "run.dir=runs/b", "run.from=runs/a", "run.steps=500", "run.seed=1", "schedule.decay_steps=100", "masking.rate=0.15",
+        "batch.seq_len=512", "batch.global_rows=32", "model.encoder.max_positions=512", "model.encoder.rope_theta=1e6",
+        "data.shards=null", "data.sources.law.shards=x", "data.packing=pad", "optim.lr=1e-4", "optim.beta2=0.95",
+    ]  # fmt: skip
+    assert changes(cfg, config.load(QUICK, free), allowed) == {}
+    fixed = ["model.encoder.layers=4", "engine.zero_stage=2", "deepspeed.zero_optimization.reduce_bucket_size=1000"]
+    refused = changes(cfg, config.load(QUICK, fixed), allowed)
+    assert sorted(refused) == [
+        "deepspeed", "deepspeed.zero_optimization.reduce_bucket_size", "engine.zero_stage", "model.encoder.layers",
+    ]  # fmt: skip
 
 
 def test_memory_by_stage_falls_to_a_share_of_the_whole() -> None:

@@ -18,7 +18,7 @@ def records(folder: Path) -> list[dict]:
 
 def test_only_the_main_rank_writes(tmp_path: Path) -> None:
     other = Tracker(LogConfig(wandb="off"), tmp_path, is_main=False, total=lambda: 10)
-    other.start(0, {})
+    other.start(0, {}, resumed=False)
     other.log(1, NUMBERS, tokens=5)
     other.finish(0)
     assert list(tmp_path.iterdir()) == []
@@ -26,7 +26,7 @@ def test_only_the_main_rank_writes(tmp_path: Path) -> None:
 
 def test_numbers_go_to_metrics_jsonl_and_the_console(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main = Tracker(LogConfig(wandb="off"), tmp_path, is_main=True, total=lambda: 10)
-    main.start(0, {})
+    main.start(0, {}, resumed=False)
     main.log(3, NUMBERS, tokens=500)
     main.log(3, {"valid/loss": 5.0, "valid/accuracy": 0.25}, tokens=500)
     main.finish(0)
@@ -55,7 +55,7 @@ def test_texts_with_signs_of_their_own_for_a_line_s_end_stay_and_half_a_characte
 def test_what_an_earlier_launch_logged_beyond_the_step_is_written_anew(tmp_path: Path) -> None:
     for first, last in ((0, 3), (2, 4)):
         main = Tracker(LogConfig(wandb="off"), tmp_path, is_main=True, total=lambda: 4)
-        main.start(first, {})
+        main.start(first, {}, resumed=True)
         for step in range(first + 1, last + 1):
             main.log(step, NUMBERS | {"launch": first}, tokens=step)
         main.finish(0)
@@ -64,7 +64,7 @@ def test_what_an_earlier_launch_logged_beyond_the_step_is_written_anew(tmp_path:
 
 def test_the_progress_line_fits_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main = Tracker(LogConfig(wandb="off"), tmp_path, is_main=True, total=lambda: 10_000)
-    main.start(0, {})
+    main.start(0, {}, resumed=False)
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -104,7 +104,7 @@ def test_text_leaves_the_machine_on_request_alone(
 
 def test_a_disk_that_takes_no_more_is_noted_for_the_ranks_to_agree_on(tmp_path: Path) -> None:
     main = Tracker(LogConfig(wandb="off"), tmp_path, is_main=True, total=lambda: 4)
-    main.start(0, {})
+    main.start(0, {}, resumed=False)
     main.metrics.close()
     main.metrics = open("/dev/full", "w", buffering=1)
     main.log(1, NUMBERS, tokens=5)
