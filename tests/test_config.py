@@ -106,9 +106,10 @@ def test_what_may_differ_from_the_run_that_a_run_starts_from() -> None:
     """Lengths, schedules, data and batches; never what makes the weights or the optimizer's state others."""
     cfg, allowed = config.load(QUICK), (*config.MAY_CHANGE, *config.MAY_DIFFER)
     free = [
-        "run.dir=runs/b", "run.from=runs/a", "run.steps=500", "run.seed=1", "schedule.decay_steps=100", "masking.rate=0.15",
+        "run.dir=runs/b", "run.from=runs/a", "run.steps=500", "run.seed=1", "schedule.decay_steps=100",
         "batch.seq_len=512", "batch.global_rows=32", "model.encoder.max_positions=512", "model.encoder.rope_theta=1e6",
         "data.shards=null", "data.sources.law.shards=x", "data.packing=pad", "optim.lr=1e-4", "optim.beta2=0.95",
+        "masking.rate=0.15",
     ]  # fmt: skip
     assert changes(cfg, config.load(QUICK, free), allowed) == {}
     fixed = ["model.encoder.layers=4", "engine.zero_stage=2", "deepspeed.zero_optimization.reduce_bucket_size=1000"]

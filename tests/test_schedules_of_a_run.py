@@ -1,22 +1,19 @@
 """Runs that are interrupted in the middle of a schedule, beside the same runs that never were: bit for bit."""
 
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from launching import ROOT, metrics, overridden
+from comparing import check_the_same, interrupted, train_here
+from launching import metrics
 from ranks import on_ranks
 
-from mlm_dist import checkpoint, config, train, world
-from mlm_dist.world import StopFlag, World
+from mlm_dist import world
+from mlm_dist.world import StopFlag
 
 pytestmark = pytest.mark.slow
 
 STEPS, STOP = 12, 5
 KEPT = (f"run.steps={STEPS}", f"checkpoint.every_steps={STOP}", "checkpoint.keep_last=9")
-# what of a run may not depend on an interruption
-LOGGED = ("loss", "lr", "grad_norm", "global_rows", "mask_rate", "tokens", "epoch")
 GROWING = ("batch.warmup_rows=4", f"batch.warmup_tokens={40 * 32}", "batch.micro_rows=2")
 SCHEDULES = {
     "sqrt": ("schedule.name=wsd", "schedule.decay_steps=9"),
@@ -31,41 +28,15 @@ SCHEDULES = {
 }
 
 
-def run(here: World, stop: StopFlag, toy: Path, folder: Path, *overrides: str) -> None:
-    cfg = config.load(ROOT / "configs/quickstart.yaml", overridden(toy, folder, *KEPT, *overrides))
-    assert train.train_on(cfg, here, stop) == 0
-
-
-def interrupted(here: World, whole: Path, parts: Path, step: int) -> None:
-    """Leave in `parts` what a run would that was killed after the checkpoint of a step, and had logged on."""
-    if here.is_main:
-        shutil.copytree(whole, parts, ignore=lambda _, names: [name for name in names if later(name, step)])
-    here.barrier()
-
-
-def later(name: str, step: int) -> bool:
-    return name.startswith("step_") and int(name.removeprefix("step_")) > step
-
-
-def check_the_same(one: Path, other: Path, first: int = 1) -> None:
-    """That from a step on both logged the same, and end with the same weights."""
-    for name in LOGGED:
-        expected = {step: value for step, value in metrics(one, name).items() if step >= first}
-        assert {step: value for step, value in metrics(other, name).items() if step >= first} == expected, name
-        assert list(expected) == list(range(first, STEPS + 1))
-    weights, others = (checkpoint.full_weights(checkpoint.find(folder)) for folder in (one, other))
-    assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
-
-
 # ---- each schedule
 
 
 def go_on_in_each(toy: Path, folder: Path) -> None:
     with world.join(120) as here, StopFlag() as stop:
         for name, overrides in SCHEDULES.items():
-            run(here, stop, toy, folder / name, *overrides)
+            train_here(here, stop, toy, folder / name, *KEPT, *overrides)
             interrupted(here, folder / name, folder / f"{name}, parts", STOP)
-            run(here, stop, toy, folder / f"{name}, parts", *overrides)
+            train_here(here, stop, toy, folder / f"{name}, parts", *KEPT, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +48,7 @@ def runs(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_run_goes_on_in_the_middle_of_its_schedule(runs: Path, name: str) -> None:
-    check_the_same(runs / name, runs / f"{name}, parts")
+    check_the_same(runs / name, runs / f"{name}, parts", 1, STEPS)
 
 
 def test_the_schedules_are_not_the_same(runs: Path) -> None:
@@ -95,7 +66,7 @@ def test_the_schedules_are_not_the_same(runs: Path) -> None:
 
 def on_one_rank(toy: Path, folder: Path) -> None:
     with world.join(120) as here, StopFlag() as stop:
-        run(here, stop, toy, folder, *GROWING, "masking.seed_by=sample")
+        train_here(here, stop, toy, folder, *KEPT, *GROWING, "masking.seed_by=sample")
 
 
 def test_a_batch_grows_in_the_same_way_on_any_number_of_ranks(runs: Path, toy: Path, tmp_path: Path) -> None:
