@@ -109,7 +109,7 @@ def facts_of_run(run: Path, saved: Path, state: State, cfg: RunConfig) -> dict[s
     rows, seq_len = cfg.batch.global_rows, cfg.batch.seq_len
     return {
         "tokenizer": f"sha256 `{state.facts['tokenizer'][:16]}`",
-        "weights at the start": f"`{Path(cfg.model.from_).name}`" if cfg.model.from_ else "random",
+        "weights at the start": about_start(state.facts.get("from"), cfg.model),
         **about_data(state, cfg),
         "steps": length + (f", of which {state.skipped_steps:,} were skipped" if state.skipped_steps else ""),
         "tokens": f"{state.tokens:,}, padding not counted" + passes(state),
@@ -126,6 +126,18 @@ def facts_of_run(run: Path, saved: Path, state: State, cfg: RunConfig) -> dict[s
         "command": command(environment.get("command", [])),
         "configuration": dump(redact(schema.to_mapping(cfg))),
     }
+
+
+def about_start(origin: Mapping[str, Any] | None, model: ModelConfig) -> str:
+    """Where the weights came from, back to the first run. origin: the run that this one started from, if any."""
+    if origin is None:
+        return f"`{Path(model.from_).name}`" if model.from_ else "random"
+    counted = "" if origin["is_phase"] else " that count here too"
+    before = about_start(origin["from"], model)
+    return (
+        f"those of `{origin['run']}` at step {origin['step']:,}, after {origin['tokens']:,} tokens{counted}; "
+        f"there at the start: {before}"
+    )
 
 
 def about_data(state: State, cfg: RunConfig) -> dict[str, str]:

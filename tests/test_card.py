@@ -58,6 +58,12 @@ def test_the_facts_are_those_of_the_run(run: Path) -> None:
     assert facts["time"] == "2 hours of training steps"
     assert "torch 2.13.0, deepspeed 0.19.8, transformers 5.23.0" in facts["software"]
     assert facts["weights at the start"] == "random"
+    first = {"run": "short", "step": 4000, "tokens": 9_000_000, "is_phase": True, "from": None}
+    origin = {"run": "long", "step": 200, "tokens": 1_000_000, "is_phase": False, "from": first}
+    assert card.about_start(origin, configured().model) == (
+        "those of `long` at step 200, after 1,000,000 tokens that count here too; there at the start: "
+        "those of `short` at step 4,000, after 9,000,000 tokens; there at the start: random"
+    )
     assert "  lr: 0.003" in facts["configuration"]
 
 

@@ -73,6 +73,7 @@ def test_only_listed_keys_may_change_on_resume() -> None:
     assert changes(cfg, longer) == {}
     other = replace(cfg, optim=replace(cfg.optim, lr=0.5), batch=replace(cfg.batch, global_rows=64))
     assert list(changes(cfg, other)) == ["batch.global_rows", "optim.lr"]
+    assert list(changes(cfg, replace(cfg, run=replace(cfg.run, from_="runs/other")))) == ["run.from"]
 
 
 def test_null_drops_a_parent_s_source() -> None:

@@ -1,20 +1,24 @@
-"""Runs that start from a checkpoint of another run: cooled down, or as phases; beside runs that never were cut."""
+"""What a run starts from. Cooled down or in phases, killed or not, it is as a run that was never cut: bit for bit."""
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from comparing import check_the_same, interrupted, train_here
-from launching import metrics, pretrain
+from launching import ROOT, metrics, pretrain
 from ranks import on_ranks
 
-from mlm_dist import checkpoint, world
+from mlm_dist import assembly, checkpoint, config, schema, start, vocab, world
 from mlm_dist.checkpoint import State
 from mlm_dist.manifest import sha256_of
+from mlm_dist.schema import ConfigError
 from mlm_dist.world import StopFlag
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 BRANCH, STEPS = 5, 12
 KEPT = ("checkpoint.every_steps=5", "checkpoint.keep_last=9")
@@ -31,6 +35,90 @@ def contents(folder: Path) -> dict[str, tuple[str, int]]:
 
 def the_state(folder: Path) -> State:
     return checkpoint.load_state(checkpoint.find(folder))
+
+
+# ---- what a checkpoint of another run is to this one
+
+
+def facts_of(*overrides: str, **more: str) -> dict[str, Any]:
+    cfg = config.load(ROOT / "configs/quickstart.yaml", overrides)
+    return {
+        "config": schema.to_mapping(cfg),
+        "manifest": "m",
+        "tokenizer": "t",
+        "precision": "fp32",
+        "from": None,
+    } | more
+
+
+def branch(folder: Path, *overrides: str, saved: dict[str, Any] | None = None, **more: str) -> start.Start:
+    """At step 400 of a run of 600 steps of the quickstart's configuration."""
+    run = folder / "stable/checkpoints/step_00000400"
+    run.mkdir(parents=True, exist_ok=True)
+    cursor = {"rows": 6400, "lanes": [[1, 2, 3]], "bad_shards": {}}
+    stood = State(400, 9000, 1, cursor, 600, 70.0, 2.5, {"step": 300, "loss": 2.4}, saved or facts_of("run.steps=600"))
+    (run / "state.json").write_text(json.dumps(asdict(stood)))
+    given = ("run.dir=cooled", f"run.from={folder / 'stable'}", *overrides)
+    return start.branched(config.load(ROOT / "configs/quickstart.yaml", given), run, facts_of(*given, **more))
+
+
+def test_with_the_same_rows_and_batches_a_run_goes_on(tmp_path: Path) -> None:
+    lengths = ("run.steps=500", "schedule.decay_steps=100", "masking.rate=0.15", "optim.lr=1e-3", "batch.micro_rows=4")
+    begun = branch(tmp_path, *lengths)
+    state = begun.state
+    assert (state.step, state.tokens, state.skipped_steps, state.total_steps) == (400, 9000, 1, 500)
+    assert state.cursor == {"rows": 6400, "lanes": [[1, 2, 3]], "bad_shards": {}} and state.train_seconds == 70.0
+    assert state.best is None and state.valid_loss is None, "they are no checkpoints of this run"
+    assert not begun.own and begun.told.startswith("goes on from step 400 of ")
+
+
+@pytest.mark.parametrize(
+    ("override", "rows_go_on"),
+    [
+        ("batch.global_rows=32", True),
+        ("batch.seq_len=64", False),
+        ("run.seed=3", False),
+        ("data.lanes=2", False),
+        ("data.packing=pad", False),
+        ("data.window_records=8", False),
+    ],
+)
+def test_with_others_it_is_a_phase(tmp_path: Path, override: str, rows_go_on: bool) -> None:
+    begun = branch(tmp_path, override, "run.steps=300")
+    assert (begun.state.step, begun.state.tokens, begun.state.total_steps) == (0, 0, 300)
+    assert (begun.state.cursor is not None) == rows_go_on
+    assert override.partition("=")[0] in begun.told and begun.told.startswith("a phase of its own, from step 0")
+
+
+def test_other_shards_make_a_phase_and_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    begun = branch(tmp_path, manifest="another")
+    assert begun.state.step == 0 and begun.state.cursor is None
+    assert "the manifest of data.shards is another" in begun.told
+    with pytest.raises(ConfigError, match="the tokenizer of the data is another"):
+        branch(tmp_path, tokenizer="another")
+    with pytest.raises(ConfigError, match=r"engine\.precision came to fp32 and comes to bf16 now"):
+        branch(tmp_path, precision="bf16")
+
+
+def test_a_run_that_would_be_over_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stands at step 400, and this run would end at step 400"):
+        branch(tmp_path, "run.steps=400")
+    assert branch(tmp_path, "run.steps=400", "batch.seq_len=64").state.total_steps == 400, "a phase counts from 0"
+
+
+def test_hours_that_stay_as_they_are_are_as_many_steps(tmp_path: Path) -> None:
+    hours = ("run.steps=null", "run.hours=2")
+    assert branch(tmp_path, *hours, saved=facts_of(*hours)).state.total_steps == 600
+    assert branch(tmp_path, "run.steps=null", "run.hours=3", saved=facts_of(*hours)).state.total_steps is None
+
+
+def test_an_encoder_s_weights_are_not_read_again_where_a_checkpoint_has_them() -> None:
+    """Nor held against the folder that they once came from: the base of the positions may have been raised since."""
+    cfg = config.load(ROOT / "configs/quickstart.yaml", ["model.from=nowhere"])
+    tokenizer = vocab.train(["some words of text"] * 3, 270)
+    assembly.build_model(cfg, tokenizer, is_trained=True)
+    with pytest.raises(ConfigError, match="nowhere is no Hugging Face folder"):
+        assembly.build_model(cfg, tokenizer, is_trained=False)
 
 
 # ---- a cooldown
@@ -66,6 +154,7 @@ def cooled(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@slow
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
 def test_a_cooldown_is_the_end_of_a_run_with_that_schedule(cooled: Path, stage: int) -> None:
     check_the_same(cooled / f"{stage}/whole", cooled / f"{stage}/cooled", BRANCH + 1, STEPS)
@@ -74,6 +163,7 @@ def test_a_cooldown_is_the_end_of_a_run_with_that_schedule(cooled: Path, stage: 
     assert rates[BRANCH + 1] == max(rates.values()) > rates[STEPS]
 
 
+@slow
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
 @pytest.mark.parametrize("name", ("early", "late"))
 def test_a_cooldown_that_is_killed_goes_on(cooled: Path, stage: int, name: str) -> None:
@@ -83,6 +173,7 @@ def test_a_cooldown_that_is_killed_goes_on(cooled: Path, stage: int, name: str) 
     assert len([line for line in lines if '"loss"' in line]) == STEPS - BRANCH, "each step once"
 
 
+@slow
 def test_a_checkpoint_tells_where_its_run_came_from(cooled: Path) -> None:
     for name in ("cooled", "early", "late"):
         came = the_state(cooled / f"1/{name}").facts["from"]
@@ -119,11 +210,13 @@ def phases(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@slow
 @pytest.mark.parametrize("name", ("longer", "larger"))
 def test_a_phase_that_is_killed_goes_on_exactly(phases: Path, name: str) -> None:
     check_the_same(phases / name, phases / f"{name}, parts", 1, STEPS)
 
 
+@slow
 def test_a_phase_takes_over_weights_and_optimizer(phases: Path) -> None:
     losses, first = metrics(phases / "longer", "loss"), metrics(phases / "first", "loss")
     assert abs(losses[1] - first[8]) < abs(losses[1] - first[1]) / 2
@@ -133,6 +226,7 @@ def test_a_phase_takes_over_weights_and_optimizer(phases: Path) -> None:
     assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.5, 0.0], "as this run states it"
 
 
+@slow
 def test_a_phase_counts_from_0_and_reads_other_rows_from_their_beginning(phases: Path) -> None:
     end = metrics(phases / "first", "epoch")[8]
     assert metrics(phases / "longer", "epoch")[1] < end and metrics(phases / "other order", "epoch")[1] < end
@@ -142,6 +236,7 @@ def test_a_phase_counts_from_0_and_reads_other_rows_from_their_beginning(phases:
     assert warm[1] < warm[2] < warm[3], "it has its own warm-up"
 
 
+@slow
 def test_a_third_phase_tells_of_both_before_it(phases: Path) -> None:
     came = the_state(phases / "third").facts["from"]
     assert (came["run"], came["step"], came["is_phase"]) == ("longer", STEPS, True)
@@ -158,6 +253,7 @@ def branch_off(toy: Path, folder: Path) -> bool:
         return contents(folder / "moved") == before
 
 
+@slow
 def test_another_number_of_ranks_starts_from_it_and_leaves_it_as_it_is(cooled: Path, toy: Path) -> None:
     assert on_ranks(1, branch_off, toy, cooled / "1") == [True]
     assert metrics(cooled / "1/alone", "tokens")[STEPS] == metrics(cooled / "1/whole", "tokens")[STEPS]
@@ -166,6 +262,7 @@ def test_another_number_of_ranks_starts_from_it_and_leaves_it_as_it_is(cooled: P
 # ---- what is refused
 
 
+@slow
 @pytest.mark.parametrize(
     ("source", "overrides", "said"),
     [
@@ -189,6 +286,7 @@ def test_what_cannot_be_started_from_is_refused(
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@slow
 def test_an_altered_checkpoint_is_refused_by_name_and_stays_where_it_is(
     cooled: Path, toy: Path, tmp_path: Path
 ) -> None:
