@@ -136,6 +136,7 @@ def cool_down(toy: Path, folder: Path) -> list[bool]:
             before = contents(at / "stable")
             come_from = f"run.from={at / 'stable/checkpoints' / checkpoint.step_name(BRANCH)}"
             train_here(here, stop, toy, at / "cooled", *COOLED, zero, come_from)
+            train_here(here, stop, toy, at / "decayed", *COOLED, zero, come_from, "optim.weight_decay=0.5")
             untouched.append(contents(at / "stable") == before)
             interrupted(here, at / "cooled", at / "early", BRANCH)
             train_here(here, stop, toy, at / "early", *COOLED, zero, come_from)
@@ -171,6 +172,13 @@ def test_a_cooldown_that_is_killed_goes_on(cooled: Path, stage: int, name: str) 
     check_the_same(cooled / f"{stage}/cooled", cooled / f"{stage}/{name}", BRANCH + 1, STEPS)
     lines = (cooled / f"{stage}/{name}/metrics.jsonl").read_text().splitlines()
     assert len([line for line in lines if '"loss"' in line]) == STEPS - BRANCH, "each step once"
+
+
+@slow
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+def test_the_optimizer_s_options_are_those_of_the_new_run(cooled: Path, stage: int) -> None:
+    as_before, decayed = (metrics(cooled / f"{stage}/{name}", "loss") for name in ("cooled", "decayed"))
+    assert as_before[BRANCH + 1] == decayed[BRANCH + 1] and as_before[BRANCH + 2] != decayed[BRANCH + 2]
 
 
 @slow
