@@ -62,6 +62,17 @@ def test_what_an_earlier_launch_logged_beyond_the_step_is_written_anew(tmp_path:
     assert [(r["step"], r["launch"]) for r in records(tmp_path)] == [(1, 0), (2, 0), (3, 2), (4, 2)]
 
 
+def test_nothing_stays_of_what_was_logged_before_the_first_checkpoint(tmp_path: Path) -> None:
+    """The branch point may be a later one now, beyond steps that were logged on the way from an earlier one."""
+    for first, last in ((400, 403), (402, 404)):
+        main = Tracker(LogConfig(wandb="off"), tmp_path, is_main=True, total=lambda: 404)
+        main.start(first, {}, resumed=False)
+        for step in range(first + 1, last + 1):
+            main.log(step, NUMBERS, tokens=step)
+        main.finish(0)
+    assert [record["step"] for record in records(tmp_path)] == [403, 404]
+
+
 def test_the_progress_line_fits_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main = Tracker(LogConfig(wandb="off"), tmp_path, is_main=True, total=lambda: 10_000)
     main.start(0, {}, resumed=False)
