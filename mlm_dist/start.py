@@ -77,8 +77,9 @@ def branched(cfg: RunConfig, saved: Path, facts: dict[str, Any]) -> Start:
     anew = [text for key, text in differs.items() if is_among(key, STEPS)]
     has_other_rows = any(is_among(key, ROWS) for key in differs)
     cursor = upgraded(parent.cursor) if parent.cursor and not has_other_rows else None
-    origin = {"run": saved.parent.parent.name, "checkpoint": str(saved), "step": parent.step, "tokens": parent.tokens}
-    facts = facts | {"from": origin | {"is_phase": bool(anew), "from": parent.facts.get("from")}}
+    origin = {"run": saved.resolve().parent.parent.name, "checkpoint": str(saved), "is_phase": bool(anew)}
+    origin |= {"step": parent.step, "tokens": parent.tokens, "from": parent.facts.get("from")}
+    facts = facts | {"from": origin}
     if anew:
         data = "the data begin at their epoch 0" if has_other_rows else "the data go on"
         told = f"a phase of its own, from step 0, with the weights and optimizer of {saved}; {data}: {'; '.join(anew)}"
