@@ -26,8 +26,10 @@ Reading order is import order: a module imports only modules above it in this li
     batch_size   rows of a step: how they grow, and how the ranks share them
     stream       lanes -> batches, with the cursor that stands after each
     masking      which tokens, and what replaces them; keyed, stateless, on the device
+    cpu_products products of matrices on a CPU, by the library that is faster there
     linear_loss  a linear layer and its cross entropy in one, on a CPU
     mlm          MLM: the wrapper around any transformer; returns the loss, and on request its sums
+    cpu_attention  attention in training on a CPU, by hand
     cpu_layer    a layer of the encoder on a CPU, forward and backward by hand
     encoder      the fast encoder (ModernBERT architecture)
     huggingface  encoder <-> transformers: names, configs, weights of a local folder

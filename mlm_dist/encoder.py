@@ -192,22 +192,23 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, context: Context, wanted: Tensor | None = None) -> Tensor:
         """x (B, T, d) -> (B, T, d); or (B, K, d), of the positions `wanted` (B, K) of each row alone."""
-        by_hand = cpu_layer.usable(x)
-        attended = self.attend_by_hand(x, context) if by_hand else self.attn(self.attn_norm(x), context)
+        if cpu_layer.usable(x):
+            return self.by_hand(x, context, wanted)
+        attended = self.attn(self.attn_norm(x), context)
         if wanted is not None:
             x, attended = positions_of(x, wanted), positions_of(attended, wanted)
-        if by_hand:
-            return self.feed_by_hand(x, attended)
         x = x + self.attn.Wo(attended)
         return x + self.mlp(self.mlp_norm(x))
 
-    def attend_by_hand(self, x: Tensor, context: Context) -> Tensor:
+    def by_hand(self, x: Tensor, context: Context, wanted: Tensor | None) -> Tensor:
         gain = None if isinstance(self.attn_norm, nn.Identity) else self.attn_norm.weight
-        return cpu_layer.Attend.apply(x, gain, self.attn.Wqkv.weight, context.place, self.attn.heads, self.mlp_norm.eps)
-
-    def feed_by_hand(self, x: Tensor, attended: Tensor) -> Tensor:
-        weights = self.attn.Wo.weight, self.mlp_norm.weight, self.mlp.Wi.weight, self.mlp.Wo.weight
-        return cpu_layer.Feed.apply(x, attended, *weights, self.mlp_norm.eps)
+        eps, attn, mlp = self.mlp_norm.eps, self.attn, self.mlp
+        attended = cpu_layer.Attend.apply(x, wanted, gain, attn.Wqkv.weight, context.place, attn.heads, eps)
+        if wanted is not None:
+            x = positions_of(x, wanted)
+        return cpu_layer.Feed.apply(
+            x, attended, attn.Wo.weight, self.mlp_norm.weight, mlp.Wi.weight, mlp.Wo.weight, eps
+        )
 
 
 def positions_of(x: Tensor, wanted: Tensor) -> Tensor:
@@ -278,7 +279,8 @@ class Trunk(nn.Module):
             place = None
             if cpu_layer.usable(x):
                 half = config.head_width // 2
-                place = cpu_layer.Place(torch.complex(cos[..., 0, half:], sin[..., 0, half:]), mask, half_window)
+                turns = torch.complex(cos[..., 0, half:], sin[..., 0, half:])
+                place = cpu_layer.Place(turns, cpu_layer.Sight(mask, half_window))
             contexts[is_global] = Context(cos, sin, attend, place)
         return contexts
 

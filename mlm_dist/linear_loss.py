@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS_TOGETHER = 128  # with 8,192 tokens 4 MB of logits; more rows leave the cache, fewer make the products slow
+from mlm_dist.cpu_products import product, weight_gradient
+
+LOGITS_TOGETHER = 2**21  # 8 MB: more leave the cache, fewer are more products and sums than they need be
 
 
 def linear_cross_entropy(
@@ -31,12 +33,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         gradients = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
         loss, correct = x.new_zeros(()), labels.new_zeros(())
-        buffer = x.new_empty(min(ROWS_TOGETHER, len(x)), len(weight))
-        for first in range(0, len(x), ROWS_TOGETHER):
-            rows = slice(first, first + ROWS_TOGETHER)
+        together = max(1, LOGITS_TOGETHER // len(weight))
+        for first in range(0, len(x), together):
+            rows = slice(first, first + together)
             counts = labels[rows] != ignored
             target = torch.where(counts, labels[rows], 0)[:, None]
-            logits = torch.addmm(bias, x[rows], weight.T, out=buffer[: len(target)])
+            logits = product(x[rows], weight, bias)
             largest = logits.amax(dim=1, keepdim=True)
             of_target = logits.gather(1, target) - largest
             correct += (counts & (of_target == 0)[:, 0]).sum()
@@ -45,8 +47,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             # what follows is the gradient of the loss by the logits: softmax, less 1 at the label
             counts = counts[:, None].to(x.dtype)
             logits.mul_(counts / total).scatter_add_(1, target, -counts)
-            torch.mm(logits, weight, out=gradients[0][rows])
-            gradients[1].addmm_(logits.T, x[rows])
+            gradients[0][rows] = product(logits, weight.T)
+            gradients[1].add_(weight_gradient(logits, x[rows]))
             gradients[2].add_(logits.sum(dim=0))
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(correct)

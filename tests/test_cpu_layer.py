@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_dist import cpu_layer
+from mlm_dist import cpu_attention, cpu_layer, cpu_products
 from mlm_dist.encoder import Encoder, EncoderConfig
 
 VOCAB, ROWS, LENGTH = 64, 5, 200
@@ -37,9 +37,9 @@ def outputs(encoder: Encoder, ids: Tensor, segments: Tensor | None, wanted: Tens
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("some", [False, True])
-@pytest.mark.parametrize("together", [64, LENGTH, 2 * LENGTH, 10 * LENGTH])
-def test_states_and_gradients_are_those_of_autograd(monkeypatch, packed: bool, some: bool, together: int) -> None:
-    monkeypatch.setattr(cpu_layer, "POSITIONS_TOGETHER", together)
+@pytest.mark.parametrize("onednn", [False, True])
+def test_states_and_gradients_are_those_of_autograd(monkeypatch, packed: bool, some: bool, onednn: bool) -> None:
+    monkeypatch.setattr(cpu_products, "BY_ONEDNN", onednn)
     encoder, (ids, segments) = model(), rows(packed)
     wanted = torch.randint(LENGTH, (ROWS, 30)) if some else None  # some of them twice
     by_hand = [each.clone() for each in outputs(encoder, ids, segments, wanted)]
@@ -51,7 +51,8 @@ def test_states_and_gradients_are_those_of_autograd(monkeypatch, packed: bool, s
 
 def test_it_is_what_trains_on_a_cpu_and_nothing_else(monkeypatch) -> None:
     calls = []
-    monkeypatch.setattr(cpu_layer, "rotate", lambda *_: calls.append(1))
+    attend = cpu_attention.forward
+    monkeypatch.setattr(cpu_attention, "forward", lambda *parts: calls.append(1) or attend(*parts))
     encoder, (ids, _) = model(), rows(False)
     with torch.no_grad():
         encoder(ids)

@@ -12,9 +12,9 @@ PACKAGE = "mlm_dist"
 # A module imports only modules that stand before it here.
 LADDER = (
     "yaml_tree schema signals world background watchdog pace vocab fetch redaction logs manifest samples cache remote "
-    "shards packing lanes mixture cursor loader batch_size stream masking linear_loss mlm cpu_layer encoder "
-    "huggingface models optim schedule engine metrics predictions run_folder mirror alerts tracker history charts "
-    "panels notes report checkpoint saver evaluate config assembly start prepare train card export"
+    "shards packing lanes mixture cursor loader batch_size stream masking cpu_products linear_loss mlm cpu_attention "
+    "cpu_layer encoder huggingface models optim schedule engine metrics predictions run_folder mirror alerts tracker "
+    "history charts panels notes report checkpoint saver evaluate config assembly start prepare train card export"
 ).split()
 ONLY_IN = {"webdataset": ("shards",), "wandb": ("mirror",), "deepspeed": ("engine", "checkpoint")}
 AROUND = ("launch", "shards", "tests", "benchmarks")  # folders beside the package, which it never imports
