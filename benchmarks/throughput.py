@@ -3,8 +3,8 @@
     python benchmarks/throughput.py --text TEXT.jsonl.gz --peers build/bench/bin/python
 
 Builds shards of the text in a temporary folder and trains each system in turn, `--rounds` times: the same text,
-tokenizer, shape of model, rows a step, number of ranks, one thread each, on CPU in fp32. Prints a line of JSON for each
-system and round, then one for each system with its median, and a table on stderr.
+tokenizer, shape of model, rows a step and a micro-batch, number of ranks, one thread each, on CPU in fp32. Prints a
+line of JSON for each system and round, then one for each system with its median, and a table on stderr.
 
 tokens_per_second  of all ranks, positions that are not padding, over the steps after the first quarter: by the wall
                    clock, with all that a step takes: loader, masks, engine, logging, W&B (offline)
@@ -46,14 +46,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--peers", type=Path, help="the python of an environment with benchmarks/requirements-throughput.txt")
     add("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="what to measure (default: all)")
     add("--rounds", type=int, default=2, help="in which all systems take turns (default: 2)")
-    add("--steps", type=int, default=60, help="of each system in each round, a multiple of 4 (default: 60)")
+    add("--steps", type=int, default=16, help="of each system in each round, a multiple of 4 (default: 16)")
     add_shape(parser)
+    parser.set_defaults(rows=64)
+    add("--micro-rows", type=int, default=16, help="of a rank at a time (default: 16)")
     add("--lr", type=float, default=1e-3, help="after a warm-up of a tenth of the steps (default: 1e-3)")
-    add("--zero-stage", type=int, default=1, help="of mlm_dist (default: 1)")
+    add("--zero-stage", type=int, default=0, help="of mlm_dist (default: 0)")
     add("--repeats", type=int, default=5, help="of the products, in each round (default: 5)")
     args = parser.parse_args(argv)
     if args.steps < 4 or args.steps % 4:
         parser.error("--steps must be a multiple of 4: speed leaves out a quarter, the loss is of another")
+    if args.rows % args.micro_rows:
+        parser.error("--rows must be a multiple of --micro-rows")
     return args
 
 
@@ -81,9 +85,10 @@ class Work:
         documents = self.folder / "documents"
         if not documents.exists():
             dump_documents(self.manifest, documents)
-        names = ("ranks", "steps", "row_tokens", "rows", "layers", "width", "heads", "mlp_width", "mask_rate", "lr")
+        names = ("ranks", "steps", "row_tokens", "rows", "micro_rows", "layers", "width", "heads", "mlp_width")
         return {name: getattr(self.args, name) for name in names} | {
-            "model": model, "seed": SEED, "scratch": str(scratch), "documents": str(documents),
+            "model": model, "seed": SEED, "mask_rate": self.args.mask_rate, "lr": self.args.lr,
+            "scratch": str(scratch), "documents": str(documents),
             "tokenizer": str(self.shards / "tokenizer"), "vocab_size": self.vocab.size,
             "vocab_rows": padded(self.vocab.size), "pad_id": self.vocab.pad_id, "cls_id": self.vocab.cls_id,
             "sep_id": self.vocab.sep_id, "mask_id": self.vocab.mask_id, "global_every": self.shape.global_every,
@@ -102,7 +107,7 @@ def train_mlm_dist(work: Work, scratch: Path) -> dict[str, Any]:
         # in the training process, as configs/quickstart.yaml has it: no core is free for a loader of its own
         f"data.shards={work.shards}", "data.workers=0",
         f"batch.seq_len={args.row_tokens}", f"batch.global_rows={args.ranks * args.rows}",
-        f"batch.micro_rows={args.rows}", f"masking.rate={args.mask_rate}", f"engine.zero_stage={args.zero_stage}",
+        f"batch.micro_rows={args.micro_rows}", f"masking.rate={args.mask_rate}", f"engine.zero_stage={args.zero_stage}",
         f"optim.lr={args.lr}", "schedule.name=constant", f"schedule.warmup_steps={work.warmup_steps}",
         *(f"model.encoder.{name}={getattr(work.shape, name)}"
           for name in ("layers", "width", "heads", "mlp_width", "max_positions")),
@@ -153,7 +158,7 @@ def peer(script: str, model: str = "") -> Callable[[Work, Path], dict[str, Any]]
 def measure_limit(work: Work, scratch: Path) -> dict[str, Any]:
     """The tokens a second at which matrix products alone would do the objective's arithmetic."""
     args = work.args
-    products = products_of(work.shape, work.vocab.size, args.rows * args.row_tokens, args.mask_rate)
+    products = products_of(work.shape, work.vocab.size, args.micro_rows * args.row_tokens, args.mask_rate)
     flops = peak_flops(args.ranks, products, args.repeats)
     return {
         "tokens_per_second": round(flops["best"] / work.flops_per_token, 1),
@@ -226,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             work = Work(args, Path(folder))
         except Failed as error:
             sys.exit(f"error: no shards were made of the text: {error}")
-        shape = {name: getattr(args, name) for name in ("ranks", "rows", "row_tokens", "steps", "mask_rate", "lr")}
+        shape = {name: getattr(args, name) for name in ("ranks", "rows", "micro_rows", "row_tokens", "steps", "lr")}
         say(work=shape | vars(work.shape), **machine())
         for number in range(1, args.rounds + 1):
             for name in names:

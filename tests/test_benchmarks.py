@@ -61,7 +61,22 @@ def throughput(folder: Path, *options: object) -> list[dict]:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "scratch").mkdir()
     shape = ["--layers", 2, "--width", 32, "--heads", 1, "--mlp-width", 48, "--vocab-size", 300]
-    shape += ["--row-tokens", 32, "--rows", 2, "--ranks", 2, "--rounds", 1, "--steps", 8, "--repeats", 2]
+    shape += [
+        "--row-tokens",
+        32,
+        "--rows",
+        2,
+        "--micro-rows",
+        1,
+        "--ranks",
+        2,
+        "--rounds",
+        1,
+        "--steps",
+        8,
+        "--repeats",
+        2,
+    ]
     command = [sys.executable, ROOT / "benchmarks" / "throughput.py", "--text", folder / "text.jsonl", *shape, *options]
     command += ["--scratch", folder / "scratch"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)

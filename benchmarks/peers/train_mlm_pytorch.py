@@ -5,6 +5,7 @@ betas and weight decay.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -70,14 +71,19 @@ def main() -> None:
     clock, loss_sum = Clock(task), torch.zeros(())
     for step in range(task.steps):
         first = step % (len(rows) // together) * together + task.rank * task.rows
-        loss = mlm(rows[order[first : first + task.rows]])
-        loss.backward()
+        micro_batches = rows[order[first : first + task.rows]].split(task.micro_rows)
+        loss = torch.zeros(())
+        for i, micro_batch in enumerate(micro_batches):
+            with nullcontext() if i + 1 == len(micro_batches) else mlm.no_sync():
+                part = mlm(micro_batch) / len(micro_batches)
+                part.backward()
+            loss += part.detach()
         torch.nn.utils.clip_grad_norm_(mlm.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step >= task.steps - task.steps // 4:
-            loss_sum += loss.detach()
+            loss_sum += loss
         clock.tick(step + 1)
     assert torch.get_num_threads() == 1
     dist.all_reduce(loss_sum)

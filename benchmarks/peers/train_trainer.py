@@ -76,7 +76,7 @@ def build(task: Task) -> PreTrainedModel:
     if task.model == "bert":
         # two matrices in place of a gated MLP's three: with 1.5 times the width, a layer has as many numbers. Without
         # dropout, as all others: it would take time, keep attention from its fast kernel, and raise the training loss.
-        return BertForMaskedLM(
+        model = BertForMaskedLM(
             BertConfig(
                 intermediate_size=task.mlp_width * 3 // 2,
                 hidden_dropout_prob=0.0,
@@ -84,6 +84,9 @@ def build(task: Task) -> PreTrainedModel:
                 **shape,
             )
         )
+        # it returns the mean of a micro-batch, and by default Trainer would add these up
+        model.accepts_loss_kwargs = False
+        return model
     ids = {"cls_token_id": task.cls_id, "sep_token_id": task.sep_id, "bos_token_id": None, "eos_token_id": None}
     return ModernBertForMaskedLM(
         ModernBertConfig(
@@ -106,7 +109,8 @@ def main() -> None:
     arguments = TrainingArguments(
         output_dir=task.scratch,
         max_steps=task.steps,
-        per_device_train_batch_size=task.rows,
+        per_device_train_batch_size=task.micro_rows,
+        gradient_accumulation_steps=task.rows // task.micro_rows,
         learning_rate=task.lr,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=task.warmup_steps,
@@ -126,7 +130,7 @@ def main() -> None:
         # BertForMaskedLM returns a mean already, which Trainer would multiply by the number of ranks
         average_tokens_across_devices=False,
     )
-    assert arguments.world_size == task.ranks and arguments.gradient_accumulation_steps == 1
+    assert arguments.world_size == task.ranks
     trainer = Trainer(model, arguments, data_collator=collator, train_dataset=Rows(task), callbacks=[Watch(clock)])
     trainer.train()
     assert torch.get_num_threads() == 1 and trainer.state.global_step == task.steps
