@@ -34,7 +34,10 @@ Reading order is import order: a module imports only modules above it in this li
     encoder      the fast encoder (ModernBERT architecture)
     huggingface  encoder <-> transformers: names, configs, weights of a local folder
     models       MODELS: encoder, any masked LM of transformers, any Python factory; FLOPs per token
-    optim        parameter groups, OPTIMIZERS
+    pieces       where ZeRO keeps the parameters: which piece of which one lies where, on every rank
+    adam         AdamW by torch's fused kernel, StableAdamW
+    muon         Muon: which matrices, Newton-Schulz, how ZeRO's ranks share it
+    optim        parameter groups, OPTIMIZERS; clipping, steps that change nothing
     schedule     SCHEDULES: the learning rate as a pure function of the step
     engine       DeepSpeed: build, train_step, eval_step
     metrics      sums -> numbers; one reduction per report

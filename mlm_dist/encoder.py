@@ -344,6 +344,10 @@ class Encoder(nn.Module):
         """
         return self.model(ids, segments, wanted)
 
+    def get_output_embeddings(self) -> Decoder:
+        """What makes the logits, by the name that transformers' models have for it."""
+        return self.decoder
+
     @torch.no_grad()
     def initialise(self) -> None:
         """Truncated normals; what writes to the residual stream starts smaller by sqrt(2 * layers).

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
@@ -234,8 +234,8 @@ class Engine:
         self.json = deepspeed_json(config, batch, self.precision, world.size, extra)
         self.batch_grows = batch.warmup_rows is not None
         model = model.to(world.device)
-        optimizer = optim.build(optim_config, model)
-        self.norm: torch.Tensor | None = None
+        optimizer = self.inner = optim.build(optim_config, model, model.num_tokens)
+        self.lr, self.norm = optim_config.lr, cast(torch.Tensor | None, None)  # of the last step
         self.skips = Skips(0, 0, 0)
         self.watches = {part: Stopwatch(world.device) for part in PARTS}  # `data` is the loop's to run
         if clips_itself(config, self.precision):
@@ -243,6 +243,7 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.json | {"checkpoint": {"load_universal": universal}}
         )
+        optim.lay_out(optimizer, self.optimizer, config.zero_stage, world)
         if config.zero_stage == 3:  # DeepSpeed's hooks wait for the weights of a part
             self.watches["forward"].leave_out_hooks_of(self.deepspeed.module)
 
@@ -253,8 +254,8 @@ class Engine:
         targets: their targets, summed over all ranks (counted on the host before the first forward)
         Returns this rank's sums over the micro-batches.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.lr = lr
+        optim.set_lr(self.optimizer, lr)
         # DeepSpeed averages gradients over ranks: times the world's size, their sum remains
         scale = self.world.size / max(targets, 1)
         total: StepSums | None = None
@@ -292,7 +293,7 @@ class Engine:
 
     def numbers(self) -> dict[str, float | None]:
         """What is logged of the last step: `lr`, `grad_norm`, and what fp16 scales the loss by now as `loss_scale`."""
-        numbers = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.grad_norm()}
+        numbers = {"lr": self.lr, "grad_norm": self.grad_norm()}
         return numbers | ({"loss_scale": self.deepspeed.optimizer.loss_scale} if self.precision == "fp16" else {})
 
     def seconds(self) -> dict[str, float]:

@@ -1,42 +1,98 @@
 """Optimizers, and what goes on around their step: parameter groups, clipping, steps that change nothing."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from mlm_dist.adam import StableAdamW
+from mlm_dist.muon import Muon, MuonConfig, hidden_matrices
+from mlm_dist.pieces import Pieced, flats_of
 from mlm_dist.schema import setting
+from mlm_dist.world import World
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw"] = setting("adamw", help="optimizer")
+    name: Literal["adamw", "stable_adamw", "muon"] = setting(
+        "adamw", help="optimizer; muon: for hidden matrices, AdamW for the rest"
+    )
     lr: float = setting(1e-3, above=0, help="peak learning rate")
     beta1: float = setting(0.9, low=0, below=1, help="decay of the gradient's running mean")
     beta2: float = setting(0.98, low=0, below=1, help="decay of the squared gradient's running mean")
     eps: float = setting(1e-6, above=0, help="added to the denominator")
     weight_decay: float = setting(0.01, low=0, help="decoupled weight decay, on matrices alone")
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices with weight decay; biases and norm gains (fewer than two dimensions) without."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Two groups: matrices with weight decay; biases and norm gains (fewer than two dimensions) without.
+
+    A group's learning rate is that of the step times its `lr_factor`.
+    """
+    trained = [p for p in parameters if p.requires_grad]
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay, "lr_factor": 1.0},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "lr_factor": 1.0},
     ]
 
 
-def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over the model's trained parameters."""
-    return OPTIMIZERS[config.name](parameter_groups(model, config.weight_decay), config)
+def build(config: OptimConfig, model: nn.Module, vocab_size: int | None = None) -> torch.optim.Optimizer:
+    """The optimizer over the model's trained parameters. vocab_size: as `hidden_matrices` has it."""
+    return OPTIMIZERS[config.name](config, model, vocab_size)
 
 
-def adamw(groups: Iterable[dict], config: OptimConfig) -> torch.optim.Optimizer:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the learning rate of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+def lay_out(optimizer: torch.optim.Optimizer, zero: Any, stage: int, world: World) -> None:
+    """Tell an optimizer that asks about whole parameters where DeepSpeed's optimizer of this stage has put them."""
+    if isinstance(optimizer, Pieced) and stage > 0:
+        optimizer.lay_out(flats_of(zero, stage, world), world)
+
+
+def with_one_moment(config: OptimConfig, model: nn.Module, vocab_size: int) -> int:
+    """How many of the model's numbers have one number of state in the optimizer, where the others have two."""
+    hidden = hidden_matrices(model, vocab_size) if config.name == "muon" else {}
+    return sum(parameter.numel() for parameter in hidden)
+
+
+# ---- the optimizers
+
+
+def adam_options(config: OptimConfig) -> dict[str, Any]:
+    return {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+
+
+def adamw(config: OptimConfig, model: nn.Module, vocab_size: int | None) -> torch.optim.Optimizer:
     # the fused kernel is one pass over memory: on a CPU about seven times faster than the default
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    groups = parameter_groups(model.parameters(), config.weight_decay)
+    return torch.optim.AdamW(groups, **adam_options(config), fused=True)
+
+
+def stable_adamw(config: OptimConfig, model: nn.Module, vocab_size: int | None) -> torch.optim.Optimizer:
+    return StableAdamW(parameter_groups(model.parameters(), config.weight_decay), adam_options(config))
+
+
+def muon(config: OptimConfig, model: nn.Module, vocab_size: int | None) -> torch.optim.Optimizer:
+    hidden = hidden_matrices(model, vocab_size)
+    others = parameter_groups((p for p in model.parameters() if p not in hidden), config.weight_decay)
+    matrices = {
+        "params": list(hidden),
+        "weight_decay": config.weight_decay,
+        "lr_factor": config.muon.lr_factor,
+        "momentum": config.muon.momentum,
+    }
+    groups = [*({**group, "hidden": False} for group in others), {**matrices, "hidden": True}]
+    return Muon(groups, hidden, adam_options(config), config.muon.ns_steps)
+
+
+# ---- around a step
 
 
 @torch.no_grad()
@@ -64,4 +120,8 @@ def skip_unless(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
     optimizer.found_inf = (~finite).float()
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict], OptimConfig], torch.optim.Optimizer]] = {"adamw": adamw}
+OPTIMIZERS: dict[str, Callable[[OptimConfig, nn.Module, int | None], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "stable_adamw": stable_adamw,
+    "muon": muon,
+}

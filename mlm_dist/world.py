@@ -102,6 +102,12 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def group_of(self, tensor: torch.Tensor) -> dist.ProcessGroup:
+        """The group whose collectives take the tensor where it lies."""
+        group = self.control if tensor.device.type == "cpu" else dist.group.WORLD
+        assert group is not None
+        return group
+
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 

@@ -8,7 +8,7 @@ from mlm_dist.optim import OPTIMIZERS, OptimConfig
 
 def test_only_matrices_decay() -> None:
     model = nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3))
-    decayed, plain = optim.parameter_groups(model, 0.1)
+    decayed, plain = optim.parameter_groups(model.parameters(), 0.1)
     assert [tuple(p.shape) for p in decayed["params"]] == [(7, 4), (3, 4)]
     assert all(p.ndim == 1 for p in plain["params"]) and len(plain["params"]) == 3
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)

@@ -1,0 +1,161 @@
+"""Every optimizer in the engine, at every ZeRO stage, against its formula in one process on the whole batch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from ranks import on_ranks
+from torch import nn
+
+from mlm_dist import masking, muon, stream, vocab, world
+from mlm_dist.batch_size import BatchConfig
+from mlm_dist.encoder import Encoder, EncoderConfig
+from mlm_dist.engine import Engine, EngineConfig
+from mlm_dist.manifest import load_manifest
+from mlm_dist.masking import MaskingConfig
+from mlm_dist.mlm import MLM
+from mlm_dist.optim import OPTIMIZERS, OptimConfig
+from mlm_dist.stream import Batch, DataConfig
+from mlm_dist.world import World
+
+SEED, STEPS, RATE, CLIP, LR = 7, 6, 0.3, 0.05, 1e-3  # every step is clipped
+BATCH = BatchConfig(seq_len=64, global_rows=16, micro_rows=4)
+MASKING = MaskingConfig(seed_by="sample")
+SHAPE = EncoderConfig(layers=2, width=32, heads=2, mlp_width=48, global_every=2, window=16)
+SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # small weights too
+CASES = {"0": (0, False), "1": (1, False), "1 offload": (1, True), "2": (2, False), "3": (3, False)}
+PARTS = {"attn.Wqkv.weight": 3, "attn.Wo.weight": 1, "mlp.Wi.weight": 2, "mlp.Wo.weight": 1}
+MATRICES = {f"transformer.model.layers.{layer}.{name}": n for layer in range(2) for name, n in PARTS.items()}
+MATRICES["transformer.head.dense.weight"] = 1
+
+
+def options(name: str) -> OptimConfig:
+    return OptimConfig(name=name, lr=LR, weight_decay=0.1, beta2=0.95)
+
+
+def build(tokenizer: vocab.Vocab) -> MLM:
+    world.seed_everything(SEED)
+    return MLM(Encoder(SHAPE, tokenizer.size), **masking.mlm_keywords(MASKING, tokenizer))
+
+
+def windows(toy: Path, rank: int, size: int) -> Iterator[list[Batch]]:
+    """A rank's micro-batches of each step."""
+    tokenizer = vocab.load(toy / "tokenizer")
+    data = DataConfig(shards=str(toy), packing="pad", workers=0)
+    batches = stream.train_batches(load_manifest(toy / "train"), tokenizer, data, BATCH, SEED, rank, size, None)
+    for _ in range(STEPS):
+        yield [batches.draw(4) for _ in range(4 // size)]
+
+
+def targets_of(window: list[Batch]) -> int:
+    return sum(int(masking.targets_of(batch.maskable, RATE).sum()) for batch in window)
+
+
+# ---- in the engine
+
+
+def engine_of(toy: Path, name: str, case: str, here: World) -> Engine:
+    stage, offload = CASES[case]
+    config = EngineConfig(zero_stage=stage, offload_optimizer=offload, clip=CLIP, precision="fp32")
+    model = build(vocab.load(toy / "tokenizer"))
+    return Engine(model, config, options(name), BATCH, MASKING, SEED, here, SHARD_ALL)
+
+
+def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
+    named = dict(engine.deepspeed.module.named_parameters())
+    gathered = engine.deepspeed.zero_optimization_stage() == 3
+    with deepspeed.zero.GatheredParameters(list(named.values()), enabled=gathered):
+        return {name: weight.detach().clone() for name, weight in named.items()}
+
+
+def trained(toy: Path, name: str) -> dict[str, dict[str, Any]]:
+    """By case: the weights before, and after each step, the norms, and how many matrices were made orthogonal."""
+    made, orthogonalise = [0], muon.newton_schulz
+
+    def counted(matrices: torch.Tensor, *args: Any) -> torch.Tensor:
+        made[0] += len(matrices)
+        return orthogonalise(matrices, *args)
+
+    muon.newton_schulz = counted
+    with world.join(120) as here:
+        return {case: train(toy, name, case, here, made) for case in CASES}
+
+
+def train(toy: Path, name: str, case: str, here: World, made: list[int]) -> dict[str, Any]:
+    engine = engine_of(toy, name, case, here)
+    weights, norms, counts = [weights_of(engine)], [], []
+    for step, window in enumerate(windows(toy, here.rank, here.size)):
+        made[0] = 0
+        engine.train_step(window, int(here.sum(torch.tensor(targets_of(window)))), step, LR, RATE)
+        weights.append(weights_of(engine))
+        norms.append(engine.grad_norm())
+        counts.append(int(here.sum(torch.tensor(made[0]))) // (here.size if case == "0" else 1))
+    return {"weights": weights, "norms": norms, "counts": counts}
+
+
+# ---- by the formulas
+
+
+def adamw(p: nn.Parameter, state: dict, decay: float, stable: bool) -> None:
+    beta1, beta2, eps, step = 0.9, 0.95, 1e-6, state["step"]
+    state["m"] = beta1 * state["m"] + (1 - beta1) * p.grad
+    state["v"] = beta2 * state["v"] + (1 - beta2) * p.grad**2
+    m, v = state["m"] / (1 - beta1**step), state["v"] / (1 - beta2**step)
+    rms = (p.grad**2 / v.clamp(min=eps**2)).mean().sqrt() if stable else torch.ones(())
+    lr = LR / max(1.0, float(rms))
+    p.data -= lr * decay * p.data + lr * m / (v.sqrt() + eps)
+
+
+def muon_update(p: nn.Parameter, state: dict, decay: float, parts: int) -> None:
+    state["m"] = 0.95 * state["m"] + p.grad
+    updates = []
+    for x in (p.grad + 0.95 * state["m"]).chunk(parts):
+        x = x / x.norm()
+        for _ in range(5):
+            squared = x @ x.T
+            x = 3.4445 * x - 4.7750 * squared @ x + 2.0315 * squared @ squared @ x
+        updates.append(0.2 * max(x.shape) ** 0.5 * x)
+    p.data -= LR * decay * p.data + LR * torch.cat(updates)
+
+
+def by_formula(toy: Path, name: str) -> dict[str, Any]:
+    model = build(vocab.load(toy / "tokenizer"))
+    named = dict(model.named_parameters())
+    states = {key: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for key, p in named.items()}
+    norms = []
+    for step, window in enumerate(windows(toy, 0, 1)):
+        for each in window:
+            keys = masking.row_keys_by_sample(SEED, each.row_keys)
+            sums = model(each.ids, row_keys=keys, rate=RATE, sums=True, segments=each.segments)
+            (sums["loss"] / targets_of(window)).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        for key, p in named.items():
+            decay = 0.1 if p.ndim >= 2 else 0.0
+            states[key]["step"] = step + 1
+            if name == "muon" and key in MATRICES:
+                muon_update(p, states[key], decay, MATRICES[key])
+            else:
+                adamw(p, states[key], decay, name == "stable_adamw")
+        model.zero_grad()
+    return {"weights": {key: p.detach() for key, p in named.items()}, "norms": norms}
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def both(request: pytest.FixtureRequest, toy: Path) -> tuple[str, dict[str, Any], list[dict[str, dict[str, Any]]]]:
+    name = request.param
+    return name, by_formula(toy, name), on_ranks(2, trained, toy, name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_do_what_the_formula_says(both: tuple, case: str) -> None:
+    _, expected, ranks = both
+    for rank in ranks:
+        after = rank[case]["weights"][-1]
+        assert after.keys() == expected["weights"].keys()
+        for key, weight in expected["weights"].items():
+            torch.testing.assert_close(after[key], weight, atol=1e-5, rtol=0, msg=f"{case}: {key}")
+        assert rank[case]["norms"] == pytest.approx(expected["norms"], rel=1e-4), "of the raw gradient"
+        assert min(expected["norms"]) > CLIP
