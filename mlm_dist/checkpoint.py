@@ -153,6 +153,7 @@ def needs_resharding(saved: Path, world: World) -> bool:
 def make_universal(source: Path, target: Path) -> None:
     """Turn the shards of one stage into whole tensors, one folder a parameter, that any number of ranks can load."""
     target.mkdir(parents=True)
+    source = with_both_moments(source, target.parent / "shards")
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
     arguments = argparse.Namespace(
         input_folder=str(source), output_folder=str(target), inject_missing_state=True, **options
@@ -160,6 +161,28 @@ def make_universal(source: Path, target: Path) -> None:
     # it reports its progress to both
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
+
+
+def with_both_moments(source: Path, target: Path) -> Path:
+    """The shards in a folder, or copies of them in another where the optimizer has no second moments for some weights.
+
+    DeepSpeed's converter asks for Adam's two (0.19.8); the copies have zeros, which `own_optimizer_options` drops.
+    """
+    for path in source.glob("*_optim_states.pt"):
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        states = saved["optimizer_state_dict"]
+        states = states.get("optimizer_state_dict") or states["base_optimizer_state"]  # of stage 3, of 1 and 2
+        incomplete = [state for state in states["state"].values() if "exp_avg_sq" not in state]
+        if not incomplete:
+            return source
+        for state in incomplete:
+            state["exp_avg_sq"] = torch.zeros(1).expand(state["exp_avg"].shape)  # one number in the file
+        target.mkdir(exist_ok=True)
+        torch.save(saved, target / path.name)
+    for path in source.iterdir():
+        if not (target / path.name).exists():
+            (target / path.name).symlink_to(path.resolve())
+    return target
 
 
 def load_state(checkpoint: Path) -> State:

@@ -25,6 +25,7 @@ from mlm_dist.background import copy_to_host
 from mlm_dist.batch_size import BatchConfig, accumulation, micro_rows
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
+from mlm_dist.muon import Muon
 from mlm_dist.optim import OptimConfig
 from mlm_dist.pace import PARTS, Stopwatch
 from mlm_dist.redaction import redact
@@ -315,9 +316,9 @@ class Engine:
     def own_optimizer_options(self) -> Iterator[None]:
         """Have a load leave the options of each group (betas, weight decay, ...) as the configuration states them.
 
-        And put right what loading a universal checkpoint does at stage 3, in DeepSpeed 0.19.8: every group gets the
+        And put right what loading a universal checkpoint does in DeepSpeed 0.19.8: at stage 3 every group gets the
         first one's options, and all the same tensor as their count of steps, so that each step counts once for every
-        group.
+        group; and second moments come for all weights.
         """
         groups = [{name: value for name, value in g.items() if name != "params"} for g in self.optimizer.param_groups]
         yield
@@ -326,6 +327,8 @@ class Engine:
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
+        if isinstance(self.inner, Muon):
+            self.inner.drop_second_moments()
 
     def sizes(self) -> list[int]:
         """The number of elements of each parameter, whole also where the stage shards it."""

@@ -1,5 +1,7 @@
 """Every optimizer in the engine, at every ZeRO stage, against its formula in one process on the whole batch."""
 
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from ranks import on_ranks
 from torch import nn
 
-from mlm_dist import masking, muon, stream, vocab, world
+from mlm_dist import checkpoint, masking, muon, stream, vocab, world
 from mlm_dist.batch_size import BatchConfig
 from mlm_dist.encoder import Encoder, EncoderConfig
 from mlm_dist.engine import Engine, EngineConfig
@@ -57,11 +59,15 @@ def targets_of(window: list[Batch]) -> int:
 # ---- in the engine
 
 
-def engine_of(toy: Path, name: str, case: str, here: World) -> Engine:
+def engine_of(toy: Path, name: str, case: str, here: World, universal: bool = False) -> Engine:
     stage, offload = CASES[case]
     config = EngineConfig(zero_stage=stage, offload_optimizer=offload, clip=CLIP, precision="fp32")
     model = build(vocab.load(toy / "tokenizer"))
-    return Engine(model, config, options(name), BATCH, MASKING, SEED, here, SHARD_ALL)
+    return Engine(model, config, options(name), BATCH, MASKING, SEED, here, SHARD_ALL, universal)
+
+
+def take_step(engine: Engine, window: list[Batch], step: int) -> None:
+    engine.train_step(window, int(engine.world.sum(torch.tensor(targets_of(window)))), step, LR, RATE)
 
 
 def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
@@ -89,7 +95,7 @@ def train(toy: Path, name: str, case: str, here: World, made: list[int]) -> dict
     weights, norms, counts = [weights_of(engine)], [], []
     for step, window in enumerate(windows(toy, here.rank, here.size)):
         made[0] = 0
-        engine.train_step(window, int(here.sum(torch.tensor(targets_of(window)))), step, LR, RATE)
+        take_step(engine, window, step)
         weights.append(weights_of(engine))
         norms.append(engine.grad_norm())
         counts.append(int(here.sum(torch.tensor(made[0]))) // (here.size if case == "0" else 1))
@@ -111,9 +117,10 @@ def adamw(p: nn.Parameter, state: dict, decay: float, stable: bool) -> None:
 
 def muon_update(p: nn.Parameter, state: dict, decay: float, parts: int) -> None:
     state["m"] = 0.95 * state["m"] + p.grad
-    updates = []
+    updates, state["ranks"] = [], []
     for x in (p.grad + 0.95 * state["m"]).chunk(parts):
         x = x / x.norm()
+        state["ranks"].append(int((torch.linalg.svdvals(x) > 0.002).sum()))
         for _ in range(5):
             squared = x @ x.T
             x = 3.4445 * x - 4.7750 * squared @ x + 2.0315 * squared @ squared @ x
@@ -125,7 +132,7 @@ def by_formula(toy: Path, name: str) -> dict[str, Any]:
     model = build(vocab.load(toy / "tokenizer"))
     named = dict(model.named_parameters())
     states = {key: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for key, p in named.items()}
-    norms = []
+    norms, ranks = [], []
     for step, window in enumerate(windows(toy, 0, 1)):
         for each in window:
             keys = masking.row_keys_by_sample(SEED, each.row_keys)
@@ -140,7 +147,8 @@ def by_formula(toy: Path, name: str) -> dict[str, Any]:
             else:
                 adamw(p, states[key], decay, name == "stable_adamw")
         model.zero_grad()
-    return {"weights": {key: p.detach() for key, p in named.items()}, "norms": norms}
+        ranks.append({key: states[key].get("ranks") for key in MATRICES})
+    return {"weights": {key: p.detach() for key, p in named.items()}, "norms": norms, "ranks": ranks}
 
 
 @pytest.fixture(scope="module", params=OPTIMIZERS)
@@ -159,3 +167,132 @@ def test_two_ranks_do_what_the_formula_says(both: tuple, case: str) -> None:
             torch.testing.assert_close(after[key], weight, atol=1e-5, rtol=0, msg=f"{case}: {key}")
         assert rank[case]["norms"] == pytest.approx(expected["norms"], rel=1e-4), "of the raw gradient"
         assert min(expected["norms"]) > CLIP
+
+
+def update_of(rank: dict[str, Any], step: int, key: str) -> torch.Tensor:
+    """What a step made of a gradient, decay and learning rate taken out."""
+    before, after = rank["weights"][step][key].double(), rank["weights"][step + 1][key].double()
+    return (before * (1 - LR * 0.1) - after) / LR
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_muon_makes_every_hidden_matrix_orthogonal_once_a_step(both: tuple, case: str) -> None:
+    """But for directions in which there is hardly a gradient: LayerNorm lets through none along the mean."""
+    name, expected, ranks = both
+    for rank in ranks:
+        assert rank[case]["counts"] == [sum(MATRICES.values()) if name == "muon" else 0] * STEPS
+        for key, parts in MATRICES.items() if name == "muon" else ():
+            for step in range(STEPS):
+                for update, of_gradient in zip(
+                    update_of(rank[case], step, key).chunk(parts), expected["ranks"][step][key], strict=True
+                ):
+                    values = torch.linalg.svdvals(update) / (0.2 * max(update.shape) ** 0.5)
+                    assert values.max() < 1.3 and values[of_gradient - 1] > 0.6, (key, step, values)
+                    assert of_gradient >= min(update.shape) / 3, (key, step)
+
+
+# ---- steps that change nothing
+
+
+def with_faults(toy: Path, name: str) -> dict[str, tuple]:
+    """By case, weights and state after 2 steps; after a third, to whose loss rank 1 brings inf; and after a fourth."""
+    with world.join(120) as here:
+        return {case: faulty(toy, name, case, here) for case in CASES}
+
+
+def faulty(toy: Path, name: str, case: str, here: World) -> tuple:
+    engine = engine_of(toy, name, case, here)
+    forward, seen = engine._forward, []
+
+    def fault(*args: Any) -> dict[str, torch.Tensor]:
+        sums = forward(*args)
+        return sums | {"loss": sums["loss"] * math.inf} if here.rank == 1 and len(seen) == 2 else sums
+
+    engine._forward = fault
+    for step, window in zip(range(4), windows(toy, here.rank, here.size), strict=False):
+        take_step(engine, window, step)
+        seen.append({**weights_of(engine), **state_of(engine)})
+    return tuple(seen[1:]), int(engine.skips.total)
+
+
+def state_of(engine: Engine) -> dict[str, torch.Tensor]:
+    states = engine.optimizer.state.values()
+    return {f"{i} {key}": value.clone() for i, state in enumerate(states) for key, value in state.items()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_state(toy: Path, name: str) -> None:
+    for rank in on_ranks(2, with_faults, toy, name):
+        for case, ((before, skipped, after), total) in rank.items():
+            assert total == 1 and before.keys() == skipped.keys(), case
+            assert any(key.endswith("exp_avg") for key in before)
+            for key, value in before.items():
+                assert torch.equal(skipped[key], value), (case, key)
+                assert after[key].isfinite().all() and not torch.equal(after[key], value), (case, key)
+
+
+# ---- checkpoints
+
+
+def save(engine: Engine, folder: Path, case: str) -> None:
+    if engine.world.is_main:
+        folder.mkdir(parents=True)
+    engine.world.barrier()
+    engine.checkpoint_files(folder, checkpoint.TAG, later=False)
+    told = {"zero_stage": CASES[case][0], "world_size": engine.world.size}
+    if engine.world.is_main:
+        (folder / "manifest.json").write_text(json.dumps(told))
+    engine.world.barrier()
+
+
+def go_through(toy: Path, folder: Path, name: str) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """By case, weights and state after all steps: in one go, saved half way; and taken up again there."""
+    with world.join(120) as here:
+        ends = {case: [through(toy, folder, name, case, here)] for case in CASES}
+        return {case: [*end, taken_up(toy, folder, name, case, here)] for case, end in ends.items()}
+
+
+def through(toy: Path, folder: Path, name: str, case: str, here: World) -> dict[str, torch.Tensor]:
+    engine = engine_of(toy, name, case, here)
+    for step, window in enumerate(windows(toy, here.rank, here.size)):
+        if step == STEPS // 2:
+            save(engine, folder / case, case)
+        take_step(engine, window, step)
+    return weights_of(engine) | state_of(engine)
+
+
+def taken_up(toy: Path, folder: Path, name: str, case: str, here: World) -> dict[str, torch.Tensor]:
+    saved = folder / case
+    engine = engine_of(toy, name, case, here, checkpoint.needs_resharding(saved, here))
+    checkpoint.load(saved, engine, here)
+    for step, window in enumerate(windows(toy, here.rank, here.size)):
+        if step >= STEPS // 2:
+            take_step(engine, window, step)
+    return weights_of(engine) | state_of(engine)
+
+
+def taken_up_by_others(toy: Path, folder: Path, name: str) -> dict[str, dict[str, torch.Tensor]]:
+    with world.join(120) as here:
+        return {case: taken_up(toy, folder, name, case, here) for case in CASES}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, name: str) -> None:
+    for rank in on_ranks(2, go_through, toy, tmp_path, name):
+        for case, (once, again) in rank.items():
+            assert once.keys() == again.keys()
+            assert all(torch.equal(again[key], value) for key, value in once.items()), case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_goes_on_on_another_number_of_ranks(toy: Path, tmp_path: Path, name: str) -> None:
+    whole = on_ranks(2, go_through, toy, tmp_path, name)[0]
+    names = {case: {key.split()[-1] for key in once if " " in key} for case, (once, _) in whole.items()}
+    for size in (1, 4):
+        for rank in on_ranks(size, taken_up_by_others, toy, tmp_path, name):
+            for case, found in rank.items():
+                assert {key.split()[-1] for key in found if " " in key} == names[case], "nothing more in the state"
+                for key, weight in whole[case][0].items():
+                    if key.startswith("transformer."):
+                        torch.testing.assert_close(found[key], weight, atol=1e-5, rtol=0, msg=f"{size} {case} {key}")
