@@ -175,11 +175,16 @@ def about_masking(config: MaskingConfig) -> str:
 
 
 def about_optimizer(config: OptimConfig, clip: float) -> str:
-    return (
+    text = (
         f"{config.name}: learning rate {config.lr:.3g}, betas {config.beta1:.3g} and {config.beta2:.3g}, epsilon "
         f"{config.eps:.3g}, weight decay {config.weight_decay:.3g}, "
         + (f"gradients clipped at {clip:.3g}" if clip else "no clipping")
     )
+    if config.name != "muon":
+        return text
+    muon = config.muon
+    factor = f"{muon.lr_factor:.3g} times the learning rate, " if muon.lr_factor != 1 else ""
+    return f"{text}; hidden matrices: {factor}momentum {muon.momentum:.3g}, {muon.ns_steps} Newton-Schulz steps"
 
 
 def about_schedule(config: ScheduleConfig) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mlm_dist import batch_size, models, schedule, schema
+from mlm_dist import batch_size, models, optim, schedule, schema
 from mlm_dist.batch_size import BatchConfig, accumulation, micro_rows
 from mlm_dist.checkpoint import CheckpointConfig
 from mlm_dist.engine import EngineConfig, deepspeed_json, resolve_precision
@@ -144,19 +144,22 @@ def is_among(key: str, names: Sequence[str]) -> bool:
     return any(fnmatchcase(key, name) or key.startswith(f"{name}.") for name in names)
 
 
-def memory_by_stage(parameters: int, precision: str, world_size: int) -> dict[int, float]:
-    """GiB a rank for weights, gradients and AdamW's state, without activations (Rajbhandari et al., arXiv 1910.02054).
+def memory_by_stage(parameters: int, precision: str, world_size: int, with_one_moment: int = 0) -> dict[int, float]:
+    """GiB a rank for weights, gradients and the optimizer's state, without activations (arXiv 1910.02054).
 
     fp32: 4 + 4 + 8 bytes a parameter; bf16 and fp16: 2 + 4 (summed in fp32) + 12 (with the fp32 master weights).
+    with_one_moment: parameters for which the optimizer keeps one number of 4 bytes, not two
     """
-    weights, gradients, state = (4, 4, 8) if precision == "fp32" else (2, 4, 12)
-    per_parameter = {
+    of_one = (4, 4, 8) if precision == "fp32" else (2, 4, 12)
+    weights, gradients, state = (parameters * size for size in of_one)
+    state -= 4 * with_one_moment
+    in_bytes = {
         0: weights + gradients + state,
         1: weights + gradients + state / world_size,
         2: weights + (gradients + state) / world_size,
         3: (weights + gradients + state) / world_size,
     }
-    return {stage: parameters * size / 2**30 for stage, size in per_parameter.items()}
+    return {stage: size / 2**30 for stage, size in in_bytes.items()}
 
 
 def shares(batch: BatchConfig, world_size: int, rows: int) -> str:
@@ -172,7 +175,8 @@ def describe(config: RunConfig, world_size: int, device: torch.device, vocab_siz
         model = models.build(config.model, vocab_size, config.batch.seq_len, packing=config.data.packing)
     parameters = models.count_parameters(model)
     flops = models.flops_per_token(config.model, model, vocab_size, config.batch.seq_len, config.masking.rate)
-    memory = memory_by_stage(parameters, precision, world_size)
+    one_moment = optim.with_one_moment(config.optim, model, vocab_size)
+    memory = memory_by_stage(parameters, precision, world_size, one_moment)
     steps = total_steps(config)
     tokens = batch_size.rows_before(config.batch, steps) * config.batch.seq_len if steps else None
     rows = config.batch.global_rows

@@ -91,8 +91,8 @@ def orthogonalise(matrices: Sequence[Tensor], steps: int, device: torch.device) 
         for first in range(0, len(alike), together):
             some = alike[first : first + together]
             done = newton_schulz(torch.stack(some).to(device), steps, dtype)
-            for matrix, update in zip(some, done, strict=True):
-                matrix.copy_(update).mul_(RMS * math.sqrt(max(shape)))
+            torch._foreach_copy_(some, list(done))
+            torch._foreach_mul_(some, RMS * math.sqrt(max(shape)))
 
 
 # ---- the matrices in ZeRO's flat tensors

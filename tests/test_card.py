@@ -67,6 +67,13 @@ def test_the_facts_are_those_of_the_run(run: Path) -> None:
     assert "  lr: 0.003" in facts["configuration"]
 
 
+def test_what_muon_does_with_hidden_matrices_is_told(run: Path) -> None:
+    facts = told(run, state(), configured("optim.name=muon", "optim.muon.lr_factor=2", "optim.muon.momentum=0.9"))
+    assert facts["optimizer"].startswith("muon: learning rate 0.003, betas")
+    text = "clipped at 1; hidden matrices: 2 times the learning rate, momentum 0.9, 5 Newton-Schulz steps"
+    assert facts["optimizer"].endswith(text)
+
+
 def test_a_batch_that_grew_and_a_decay_in_steps_are_told(run: Path) -> None:
     grown = ("batch.warmup_rows=4", "batch.warmup_tokens=100000", "schedule.decay_steps=1000")
     facts = told(run, state(), configured(*grown, "schedule.decay_shape=linear"))

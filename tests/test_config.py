@@ -124,6 +124,20 @@ def test_memory_by_stage_falls_to_a_share_of_the_whole() -> None:
     memory = config.memory_by_stage(10**9, "bf16", 8)
     assert memory[0] == pytest.approx(18e9 / 2**30)
     assert memory[0] > memory[1] > memory[2] > memory[3] == pytest.approx(memory[0] / 8)
+    lean = config.memory_by_stage(10**9, "bf16", 8, with_one_moment=10**8)
+    assert [memory[stage] - lean[stage] for stage in (0, 1)] == pytest.approx([4e8 / 2**30, 4e8 / 8 / 2**30])
+
+
+def test_dry_run_counts_the_state_of_the_optimizer_that_is_named() -> None:
+    said = {}
+    for name in ("adamw", "stable_adamw", "muon"):
+        cfg = config.load(QUICK, [f"optim.name={name}", "model.encoder.layers=20"])
+        text = config.describe(cfg, 2, torch.device("cpu"), 4096)
+        (line,) = (line for line in text.splitlines() if line.startswith("memory per rank"))
+        said[name] = float(line.split("stage 0: ")[1].split()[0])
+    matrices = 20 * (3 * 256**2 + 256**2 + 3 * 256 * 384) + 256**2
+    assert said["adamw"] == said["stable_adamw"]
+    assert said["adamw"] - said["muon"] == pytest.approx(4 * matrices / 2**30, abs=0.011)
 
 
 def test_dry_run_describes_the_run() -> None:

@@ -59,11 +59,12 @@ def targets_of(window: list[Batch]) -> int:
 # ---- in the engine
 
 
-def engine_of(toy: Path, name: str, case: str, here: World, universal: bool = False) -> Engine:
+def engine_of(toy: Path, name: str, case: str, here: World, universal: bool = False, precision: str = "fp32") -> Engine:
     stage, offload = CASES[case]
-    config = EngineConfig(zero_stage=stage, offload_optimizer=offload, clip=CLIP, precision="fp32")
+    config = EngineConfig(zero_stage=stage, offload_optimizer=offload, clip=CLIP, precision=precision)
     model = build(vocab.load(toy / "tokenizer"))
-    return Engine(model, config, options(name), BATCH, MASKING, SEED, here, SHARD_ALL, universal)
+    batch = BATCH if BATCH.global_rows % here.size == 0 else BatchConfig(seq_len=64, global_rows=4 * here.size)
+    return Engine(model, config, options(name), batch, MASKING, SEED, here, SHARD_ALL, universal)
 
 
 def take_step(engine: Engine, window: list[Batch], step: int) -> None:
@@ -189,6 +190,35 @@ def test_muon_makes_every_hidden_matrix_orthogonal_once_a_step(both: tuple, case
                     values = torch.linalg.svdvals(update) / (0.2 * max(update.shape) ** 0.5)
                     assert values.max() < 1.3 and values[of_gradient - 1] > 0.6, (key, step, values)
                     assert of_gradient >= min(update.shape) / 3, (key, step)
+
+
+# ---- the map of DeepSpeed's flat tensors
+
+
+def map_is_right(toy: Path) -> bool:
+    """Whether, at every stage and precision, all ranks' pieces together are the weights."""
+    right = []
+    with world.join(120) as here:
+        for case, precision in [*((case, "fp32") for case in CASES), ("1", "bf16"), ("2", "bf16"), ("3", "bf16")]:
+            engine = engine_of(toy, "muon", case, here, precision=precision)
+            with deepspeed.zero.GatheredParameters(list(engine.deepspeed.module.parameters()), enabled=case == "3"):
+                whole = {id(p): p.detach().float().flatten().clone() for p in engine.deepspeed.module.parameters()}
+            seen = 0
+            for flat in engine.inner.flats.values():
+                shapes = flat.shapes()
+                for piece in flat.pieces[here.rank]:
+                    weight = whole[id(flat.parameters[piece.number])]
+                    right.append(len(weight) == shapes[piece.number].numel())
+                    right.append(torch.equal(piece.of(flat.tensor), piece.of_whole(weight)))
+                    seen += piece.count
+            total = int(here.sum(torch.tensor(seen)))
+            right.append(total == (0 if case == "0" else sum(map(len, whole.values()))))
+    return all(right)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_map_of_flat_tensors_is_deepspeeds(toy: Path, size: int) -> None:
+    assert all(on_ranks(size, map_is_right, toy))
 
 
 # ---- steps that change nothing
