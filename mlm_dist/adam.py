@@ -60,8 +60,8 @@ class StableAdamW(Pieced):
     """AdamW whose learning rate is lowered, parameter by parameter, where the second moment lags behind the gradient.
 
     It is divided by max(1, RMS), RMS being the root of the parameter's mean of g^2 / max(v, eps^2), where v is the
-    second moment with the bias corrected: update clipping of AdaFactor in AdamW (Wortsman et al., arXiv 2304.13013,
-    Algorithm 2), as ModernBERT was trained with (Warner et al., arXiv 2412.13663). The decay is lowered with it.
+    second moment with the bias corrected: update clipping of AdaFactor in AdamW (Wortsman et al., arXiv 2304.13013),
+    as ModernBERT was trained with (Warner et al., arXiv 2412.13663). The decay is lowered with it.
     """
 
     @torch.no_grad()

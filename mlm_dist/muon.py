@@ -79,7 +79,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 def orthogonalise(matrices: Sequence[Tensor], steps: int, device: torch.device) -> None:
     """Make of each matrix (r, c) an update, in place: orthogonal, with elements of RMS 0.2 where r x c is wide or tall.
 
-    The factor is 0.2 sqrt(max(r, c)) (Liu et al., arXiv 2502.16982, equation 4). Computed on `device`: in bf16 on a
+    The factor is 0.2 sqrt(max(r, c)) (Liu et al., arXiv 2502.16982). Computed on `device`: in bf16 on a
     GPU, which the iteration bears, else in fp32.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
