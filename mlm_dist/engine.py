@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -236,7 +236,8 @@ class Engine:
         self.batch_grows = batch.warmup_rows is not None
         model = model.to(world.device)
         optimizer = self.inner = optim.build(optim_config, model, model.num_tokens)
-        self.lr, self.norm = optim_config.lr, cast(torch.Tensor | None, None)  # of the last step
+        self.lr = optim_config.lr
+        self.norm: torch.Tensor | None = None
         self.skips = Skips(0, 0, 0)
         self.watches = {part: Stopwatch(world.device) for part in PARTS}  # `data` is the loop's to run
         if clips_itself(config, self.precision):

@@ -20,7 +20,6 @@ KINDS = {
     "offload": ("engine.offload_optimizer=true",),
     "bf16": ("engine.precision=bf16",),
     "bf16-offload": ("engine.precision=bf16", "engine.offload_optimizer=true"),
-    "bf16-muon": ("engine.precision=bf16", "optim.name=muon"),
 }
 
 
