@@ -18,9 +18,11 @@ import deepspeed
 from deepspeed.ops import __compatible_ops__ as compatible_ops
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import logger as deepspeed_logger
 
 from mlm_dist import masking, optim
+from mlm_dist.adam import StableAdamW
 from mlm_dist.background import copy_to_host
 from mlm_dist.batch_size import BatchConfig, accumulation, micro_rows
 from mlm_dist.masking import MaskingConfig
@@ -39,6 +41,8 @@ for handler in deepspeed_logger.handlers:  # what it says when it is imported; l
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 # A shared-memory all-reduce for inference, which training never calls and which takes a minute to compile.
 compatible_ops["deepspeed_shm_comm"] = False
+
+ZERO_SUPPORTED_OPTIMIZERS += [StableAdamW, Muon]  # or it warns of them at every start
 
 # What the typed sections decide; the `deepspeed:` mapping may not say it a second time.
 OWNED_KEYS = {
