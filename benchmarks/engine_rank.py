@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mlm_dist import masking, metrics, optim, stream, vocab, world
 from mlm_dist.batch_size import BatchConfig
 from mlm_dist.encoder import Encoder, EncoderConfig
-from mlm_dist.engine import Engine, EngineConfig, forward_sums, resolve_precision
+from mlm_dist.engine import Engine, forward_sums
+from mlm_dist.engine_config import EngineConfig, resolve_precision
 from mlm_dist.manifest import load_manifest
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM

@@ -14,7 +14,7 @@ import torch
 from mlm_dist import batch_size, models, optim, schedule, schema
 from mlm_dist.batch_size import BatchConfig, accumulation, micro_rows
 from mlm_dist.checkpoint import CheckpointConfig
-from mlm_dist.engine import EngineConfig, deepspeed_json, resolve_precision
+from mlm_dist.engine_config import EngineConfig, deepspeed_json, resolve_precision, resolve_stage
 from mlm_dist.evaluate import EvaluateConfig
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.models import ModelConfig
@@ -56,6 +56,7 @@ MAY_DIFFER = (
     "optim.beta*",
     "optim.eps",
     "optim.weight_decay",
+    "optim.muon",
     "engine.clip",
     "engine.max_non_finite_steps",
     "model.encoder.rope_theta",
@@ -130,7 +131,14 @@ def total_steps(config: RunConfig) -> int | None:
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> dict[str, str]:
-    """What differs from the saved resolved configuration, but for what is allowed to: a sentence for each key."""
+    """What differs from the saved resolved configuration, but for what is allowed to: a sentence for each key.
+
+    A key that the saved one doesn't know, being older, counts as its default.
+    """
+    try:
+        saved = schema.to_mapping(schema.from_mapping(RunConfig, saved))
+    except ConfigError:
+        pass  # it has a key or a value that is no longer known: that is the change to be named
     before, after = schema.flatten(saved), schema.flatten(now)
     return {
         key: f"{key} was {before.get(key)!r} and is {after.get(key)!r} now"
@@ -170,7 +178,8 @@ def shares(batch: BatchConfig, world_size: int, rows: int) -> str:
 
 def describe(config: RunConfig, world_size: int, device: torch.device, vocab_size: int) -> str:
     """What a run would be, without starting it: the text of --dry-run."""
-    precision = resolve_precision(config.engine, device)
+    engine = resolve_stage(config.engine, device)
+    precision = resolve_precision(engine, device)
     with torch.device("meta"):
         model = models.build(config.model, vocab_size, config.batch.seq_len, packing=config.data.packing)
     parameters = models.count_parameters(model)
@@ -180,9 +189,7 @@ def describe(config: RunConfig, world_size: int, device: torch.device, vocab_siz
     steps = total_steps(config)
     tokens = batch_size.rows_before(config.batch, steps) * config.batch.seq_len if steps else None
     rows = config.batch.global_rows
-    json_text = json.dumps(
-        deepspeed_json(config.engine, config.batch, precision, world_size, config.deepspeed), indent=2
-    )
+    json_text = json.dumps(deepspeed_json(engine, config.batch, precision, world_size, config.deepspeed), indent=2)
     lines = [
         schema.to_yaml(config).rstrip(),
         "",

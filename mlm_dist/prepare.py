@@ -9,7 +9,8 @@ from mlm_dist import assembly, checkpoint, mixture, models, schema, start, strea
 from mlm_dist.checkpoint import State
 from mlm_dist.config import RunConfig
 from mlm_dist.cursor import Progress
-from mlm_dist.engine import Engine, resolve_precision
+from mlm_dist.engine import Engine
+from mlm_dist.engine_config import resolve_precision
 from mlm_dist.metrics import Meter
 from mlm_dist.mixture import Sources
 from mlm_dist.redaction import redact

@@ -76,6 +76,18 @@ def test_only_listed_keys_may_change_on_resume() -> None:
     assert list(changes(cfg, replace(cfg, run=replace(cfg.run, from_="runs/other")))) == ["run.from"]
 
 
+def test_a_key_that_an_older_run_did_not_have_counts_as_its_default() -> None:
+    cfg = config.load(QUICK)
+    saved, now = schema.to_mapping(cfg), schema.to_mapping(cfg)
+    del saved["optim"]["muon"], saved["engine"]["max_non_finite_steps"]
+    assert config.changes(saved, now, config.MAY_CHANGE) == {}
+    del saved["optim"]["lr"]
+    refused = config.changes(saved, now, config.MAY_CHANGE)
+    assert list(refused.values()) == ["optim.lr was 0.001 and is 0.003 now"]
+    saved["optim"]["gone"] = 1
+    assert "optim.gone" in config.changes(saved, now, config.MAY_CHANGE)
+
+
 def test_null_drops_a_parent_s_source() -> None:
     both = ["data.shards=null", "data.sources={law: {shards: x}, web: {shards: y}}"]
     assert list(config.load(QUICK, [*both, "data.sources.law=null"]).data.folders()) == ["web"]

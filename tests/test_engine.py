@@ -15,12 +15,12 @@ from torch import nn
 from mlm_dist import batch_size, cpu_layer, masking, optim, stream, vocab, world
 from mlm_dist.batch_size import BatchConfig
 from mlm_dist.encoder import Encoder, EncoderConfig
-from mlm_dist.engine import Engine, EngineConfig, deepspeed_json, merge, resolve_precision
+from mlm_dist.engine import Engine
+from mlm_dist.engine_config import EngineConfig
 from mlm_dist.manifest import load_manifest
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
 from mlm_dist.optim import OptimConfig
-from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch, DataConfig
 from mlm_dist.world import World
 
@@ -171,32 +171,6 @@ def test_layers_computed_again_change_no_bit_of_losses_and_weights(toy: Path, by
 def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(toy: Path, expected: dict, size: int) -> None:
     for rank in on_ranks(size, on_engine, toy, BATCH, 1):
         assert rank[1]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-
-
-def test_what_deepspeed_cannot_do_is_refused() -> None:
-    with pytest.raises(ConfigError, match="zero_stage=0 with bf16"):
-        resolve_precision(EngineConfig(zero_stage=0, precision="bf16"), torch.device("cpu"))
-    with pytest.raises(ConfigError, match="zero_stage=0 with fp16"):
-        resolve_precision(EngineConfig(zero_stage=0, precision="fp16"), torch.device("cuda"))
-    with pytest.raises(ConfigError, match="offload_optimizer needs"):
-        resolve_precision(EngineConfig(zero_stage=0, offload_optimizer=True), torch.device("cpu"))
-    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        resolve_precision(EngineConfig(precision="fp16"), torch.device("cpu"))
-    assert resolve_precision(EngineConfig(), torch.device("cpu")) == "fp32"
-    assert resolve_precision(EngineConfig(), torch.device("cuda")) == "bf16"
-
-
-def test_the_passthrough_reaches_deepspeed_but_not_what_a_section_owns() -> None:
-    extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "comms_logger": {"enabled": True}}
-    made = deepspeed_json(EngineConfig(zero_stage=2), BATCH, "fp32", 2, extra)
-    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
-    assert made["comms_logger"] == {"enabled": True}
-    assert made["gradient_accumulation_steps"] == 2
-    with pytest.raises(ConfigError, match=r"deepspeed\.zero_optimization\.stage is decided by engine.zero_stage"):
-        merge({}, {"zero_optimization": {"stage": 3}})
-    for value in (None, 3):
-        with pytest.raises(ConfigError, match=r"deepspeed\.bf16 can't be set as a whole"):
-            merge({}, {"bf16": value})
 
 
 # ---- gradients that are not finite

@@ -15,7 +15,8 @@ from torch import nn
 from mlm_dist import checkpoint, masking, muon, stream, vocab, world
 from mlm_dist.batch_size import BatchConfig
 from mlm_dist.encoder import Encoder, EncoderConfig
-from mlm_dist.engine import Engine, EngineConfig
+from mlm_dist.engine import Engine
+from mlm_dist.engine_config import EngineConfig
 from mlm_dist.manifest import load_manifest
 from mlm_dist.masking import MaskingConfig
 from mlm_dist.mlm import MLM
