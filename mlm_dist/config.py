@@ -61,6 +61,8 @@ MAY_DIFFER = (
     "engine.max_non_finite_steps",
     "model.encoder.rope_theta",
     "model.encoder.rope_theta_local",
+    "model.encoder.rope_factor",
+    "model.encoder.rope_factor_local",
     "model.encoder.max_positions",
     "model.encoder.max_documents",
 )

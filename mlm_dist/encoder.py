@@ -36,6 +36,8 @@ class EncoderConfig:
     window: int = setting(128, low=2, help="width of the sliding window: half of it to either side")
     rope_theta: float = setting(160_000.0, above=0, help="base of the rotary angles in global layers")
     rope_theta_local: float = setting(10_000.0, above=0, help="base of the rotary angles in window layers")
+    rope_factor: float = setting(1.0, above=0, help="what positions are divided by in global layers, before the angles")
+    rope_factor_local: float = setting(1.0, above=0, help="the same in window layers")
     norm_eps: float = setting(1e-5, above=0, help="added to the variance in LayerNorm")
     tie: bool = setting(True, help="one matrix for the embeddings and the decoder")
     init_std: float = setting(0.02, above=0, help="standard deviation of the initial weights, cut at twice that")
@@ -58,6 +60,12 @@ class EncoderConfig:
 
     def is_global(self, layer: int) -> bool:
         return layer % self.global_every == 0
+
+    def rope(self, is_global: bool) -> tuple[float, float]:
+        """Base of the rotary angles, and what positions are divided by, in global or in window layers."""
+        if is_global:
+            return self.rope_theta, self.rope_factor
+        return self.rope_theta_local, self.rope_factor_local
 
 
 def padded(vocab_size: int) -> int:
@@ -137,13 +145,14 @@ class Context(NamedTuple):
     place: cpu_layer.Place | None = None
 
 
-def rotary_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions: Tensor, width: int, theta: float, factor: float) -> tuple[Tensor, Tensor]:
     """cos and sin (B, T, 1, D), fp32, of the angles position / theta^(2i/D) (Su et al., arXiv 2104.09864).
 
+    factor: positions are divided by it, for rows longer than those of before (Chen et al., arXiv 2306.15595)
     Dimension i is paired with i + D/2; the sine's first half is negated for `rotate`.
     """
     exponent = torch.arange(0, width, 2, device=positions.device) / width
-    angles = positions[:, :, None, None] / theta**exponent  # (B, T, 1, D / 2)
+    angles = positions[:, :, None, None] / (factor * theta**exponent)  # (B, T, 1, D / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -274,8 +283,7 @@ class Trunk(nn.Module):
             else:
                 mask = attention_mask(segments, length, half_window, like=x)
                 attend = partial(attend_masked, mask=mask)
-            theta = config.rope_theta if is_global else config.rope_theta_local
-            cos, sin = rotary_tables(positions, config.head_width, theta)
+            cos, sin = rotary_tables(positions, config.head_width, *config.rope(is_global))
             place = None
             if cpu_layer.usable(x):
                 half = config.head_width // 2

@@ -40,6 +40,7 @@ FIXED_IN_ENCODER = {
 }
 # options that are not the user's to set
 DECIDED = {"vocab_size": "the tokenizer's to say", "return_dict": "needed as it is"}
+OF_WINDOW_LAYERS = ("window", "rope_theta_local", "rope_factor_local")
 NO_PART_OF_THE_SHAPE = ("init_std", "max_positions", "max_documents", "recompute")
 
 
@@ -50,7 +51,7 @@ def modernbert_config(shape: EncoderConfig, vocab: Vocab) -> "ModernBertConfig":
     """transformers' description of an encoder, without the rows that pad its vocabulary."""
     from transformers import ModernBertConfig
 
-    thetas = {"full_attention": shape.rope_theta, "sliding_attention": shape.rope_theta_local}
+    ropes = {"full_attention": shape.rope(is_global=True), "sliding_attention": shape.rope(is_global=False)}
     return ModernBertConfig(
         vocab_size=vocab.size,
         hidden_size=shape.width,
@@ -60,7 +61,7 @@ def modernbert_config(shape: EncoderConfig, vocab: Vocab) -> "ModernBertConfig":
         max_position_embeddings=shape.max_positions,
         layer_types=["full_attention" if shape.is_global(i) else "sliding_attention" for i in range(shape.layers)],
         local_attention=shape.window,
-        rope_parameters={kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
+        rope_parameters={kind: rope_parameters(*rope) for kind, rope in ropes.items()},
         norm_eps=shape.norm_eps,
         initializer_range=shape.init_std,
         tie_word_embeddings=shape.tie,
@@ -69,17 +70,38 @@ def modernbert_config(shape: EncoderConfig, vocab: Vocab) -> "ModernBertConfig":
     )
 
 
+def rope_parameters(theta: float, factor: float) -> dict[str, Any]:
+    """transformers' description of rotary angles."""
+    if factor == 1.0:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+
+
+def rope_of(described: dict[str, Any]) -> tuple[float, float] | None:
+    """The inverse of `rope_parameters`; None for angles that our encoder has not."""
+    kind = described["rope_type"]
+    if kind not in ("default", "linear") or described.get("partial_rotary_factor", 1.0) != 1.0:
+        return None
+    return described["rope_theta"], described["factor"] if kind == "linear" else 1.0
+
+
 def encoder_config(hf: "PreTrainedConfig", folder: str) -> EncoderConfig:
     """The inverse of `modernbert_config`. Raises ConfigError for what our encoder is not."""
     if hf.model_type != "modernbert":
         raise ConfigError(f"{folder} holds a {hf.model_type}, and not a modernbert; set model.kind=transformers")
     described, kinds = hf.to_dict(), hf.layer_types
     every = kinds.index("full_attention", 1) if "full_attention" in kinds[1:] else len(kinds)
-    ropes = [hf.rope_parameters[kind] for kind in ("full_attention", "sliding_attention")]
-    same = all(described[key] == value for key, value in FIXED_IN_ENCODER.items())
-    same = same and all((kind == "full_attention") == (i % every == 0) for i, kind in enumerate(kinds))
-    if not same or any(rope["rope_type"] != "default" for rope in ropes):
-        raise ConfigError(f"{folder} holds a modernbert with variations; set model.kind=transformers to train it")
+    ropes = {kind: rope_of(hf.rope_parameters[kind]) for kind in ("full_attention", "sliding_attention")}
+    other = {key: described[key] for key, value in FIXED_IN_ENCODER.items() if described[key] != value}
+    if any((kind == "full_attention") != (i % every == 0) for i, kind in enumerate(kinds)):
+        other["layer_types"] = kinds
+    other |= {f"rope_parameters.{kind}": hf.rope_parameters[kind] for kind, rope in ropes.items() if rope is None}
+    if other:
+        raise ConfigError(
+            f"{folder} holds a modernbert with {', '.join(f'{key} = {value}' for key, value in other.items())}, which "
+            "our encoder has not; set model.kind=transformers to train it"
+        )
+    (theta, factor), (theta_local, factor_local) = ropes.values()
     return EncoderConfig(
         layers=hf.num_hidden_layers,
         width=hf.hidden_size,
@@ -88,8 +110,10 @@ def encoder_config(hf: "PreTrainedConfig", folder: str) -> EncoderConfig:
         max_positions=hf.max_position_embeddings,
         global_every=every,
         window=hf.local_attention,
-        rope_theta=ropes[0]["rope_theta"],
-        rope_theta_local=ropes[1]["rope_theta"],
+        rope_theta=theta,
+        rope_theta_local=theta_local,
+        rope_factor=factor,
+        rope_factor_local=factor_local,
         norm_eps=hf.norm_eps,
         tie=hf.tie_word_embeddings,
         init_std=hf.initializer_range,
@@ -107,7 +131,7 @@ def copy_weights(model: Encoder, source: "PreTrainedModel", folder: str) -> None
     if theirs.layers == ours.layers and all(theirs.is_global(i) == ours.is_global(i) for i in range(ours.layers)):
         names.remove("global_every")  # which few layers don't show
         if all(ours.is_global(i) for i in range(ours.layers)):
-            names = [name for name in names if name not in ("window", "rope_theta_local")]
+            names = [name for name in names if name not in OF_WINDOW_LAYERS]
     wrong = [name for name in names if vars(theirs)[name] != vars(ours)[name]]
     if wrong:
         values = ", ".join(f"{name}: {vars(theirs)[name]}" for name in wrong)

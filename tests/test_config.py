@@ -108,6 +108,7 @@ def test_what_may_differ_from_the_run_that_a_run_starts_from() -> None:
     free = [
         "run.dir=runs/b", "run.from=runs/a", "run.steps=500", "run.seed=1", "schedule.decay_steps=100",
         "batch.seq_len=512", "batch.global_rows=32", "model.encoder.max_positions=512", "model.encoder.rope_theta=1e6",
+        "model.encoder.rope_factor=4",
         "data.shards=null", "data.sources.law.shards=x", "data.packing=pad", "optim.lr=1e-4", "optim.beta2=0.95",
         "masking.rate=0.15",
     ]  # fmt: skip
