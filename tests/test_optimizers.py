@@ -316,7 +316,7 @@ def through(toy: Path, folder: Path, name: str, case: str, here: World) -> Ends:
 
 def taken_up(toy: Path, folder: Path, name: str, case: str, here: World) -> Ends:
     engine = engine_of(toy, name, case, here, checkpoint.needs_resharding(folder, here))
-    checkpoint.load(folder, engine, here)
+    checkpoint.load(folder, engine, here, folder.parent)
     middle = whole_state(engine)
     for step, window in enumerate(windows(toy, here.rank, here.size)):
         if step >= STEPS // 2:
