@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import time_to_loss
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -148,3 +150,59 @@ def test_the_engine_benchmark_measures_memory_and_scaling() -> None:
     summary = [(line["ranks"], line["system"], line["efficiency"]) for line in lines if "summary" in line]
     assert [each[:2] for each in summary] == [(1, "ddp"), (1, "zero1"), (2, "ddp"), (2, "zero1")]
     assert summary[0][2] == summary[1][2] == 1 and all(each[2] > 0 for each in summary)
+
+
+def points(*losses: float, seconds: float = 1.0) -> list[dict[str, float]]:
+    """One each 100 tokens and so many seconds."""
+    return [
+        {"step": i, "tokens": 100.0 * i, "seconds": seconds * i, "loss": loss} for i, loss in enumerate(losses, start=1)
+    ]
+
+
+def test_a_loss_is_reached_between_two_points() -> None:
+    run = points(5.0, 4.0, 3.0, 3.5)
+    for loss, tokens in ((6.0, 100), (5.0, 100), (4.5, 150), (4.0, 200), (3.0, 300), (2.9, None)):
+        assert time_to_loss.reached(run, loss, "tokens") == tokens
+
+
+def test_the_peer_counts_at_its_best_learning_rate_on_average() -> None:
+    def result(system: str, settings: str, seed: int, *losses: float, seconds: float = 1.0) -> dict:
+        found = points(*losses, seconds=seconds)
+        return {"system": system, "settings": settings, "seed": seed, "points": found}
+
+    results = [
+        result(time_to_loss.PEER, "lr=1", 0, 5.0, 4.0),
+        result(time_to_loss.PEER, "lr=1", 1, 5.0, 4.2),
+        result(time_to_loss.PEER, "lr=2", 0, 5.0, 3.9),
+        result(time_to_loss.PEER, "lr=2", 1, 5.0, 4.5),
+        result(time_to_loss.OURS, "muon", 0, 4.0, 3.0, seconds=0.5),
+        result(time_to_loss.OURS, "muon", 1, 4.4, 4.3, seconds=0.5),
+        result(time_to_loss.OURS, "adamw", 0, 1.0, 1.0),
+    ]
+    first, second = time_to_loss.summarise(results, "muon")
+    assert (first["peer"], first["tokens"], first["seconds"], first["loss"]) == ("lr=1", 0.5, 0.25, 3.0)
+    assert second["seed"] == 1 and second["tokens"] is second["seconds"] is None  # never as good
+    assert time_to_loss.summarise(results[4:], "muon") == []
+
+
+@pytest.mark.slow
+def test_time_to_loss_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 9))) for _ in range(200)]
+    for name in ("train", "valid"):
+        texts = [" ".join(draw.choices(words, k=draw.randint(50, 500))) for _ in range(100)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = ["--text", tmp_path / "train.jsonl", "--valid-text", tmp_path / "valid.jsonl", "--out", tmp_path / "out"]
+    options += ["--layers", 1, "--width", 32, "--heads", 1, "--mlp-width", 48, "--vocab-size", 300, "--row-tokens", 32]
+    options += ["--rows", 2, "--tokens", 1024, "--points", 2, "--seeds"]
+    command = [str(part) for part in (sys.executable, ROOT / "benchmarks" / "time_to_loss.py", *options)]
+    for seeds in (["0"], ["0", "1"]):
+        done = subprocess.run([*command, *seeds], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("held-out loss") == 1  # of the run that was missing
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [0, 1]
+    for line in lines:
+        assert [each["tokens"] for each in line["points"]] == [512, 1024]
+        assert 0 < line["points"][0]["seconds"] < line["points"][1]["seconds"] and line["points"][1]["loss"] > 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"shards", "documents", "results.jsonl"}
