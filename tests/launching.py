@@ -18,6 +18,7 @@ TINY = (
     "model.encoder.layers=2", "model.encoder.width=32", "model.encoder.heads=2", "model.encoder.mlp_width=48",
     "model.encoder.max_positions=64", "schedule.warmup_steps=2", "log.every_steps=1", "log.wandb=off", "data.workers=0",
     "evaluate.every_steps=1000", "evaluate.max_rows=16", "checkpoint.every_steps=1000",
+    "engine.zero_stage=1",  # so that every rank has files of its own
 )  # fmt: skip
 
 
