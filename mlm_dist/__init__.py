@@ -39,6 +39,7 @@ Reading order is import order: a module imports only modules above it in this li
     muon         Muon: which matrices, Newton-Schulz, how ZeRO's ranks share it
     optim        parameter groups, OPTIMIZERS; clipping, steps that change nothing
     schedule     SCHEDULES: the learning rate as a pure function of the step
+    compiling    the objective as one compiled graph, or why it can't be
     engine_config  the section `engine`, and the JSON that DeepSpeed is told
     engine       DeepSpeed: build, train_step, eval_step
     metrics      sums -> numbers; one reduction per report

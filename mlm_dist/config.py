@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mlm_dist import batch_size, models, optim, schedule, schema
+from mlm_dist import batch_size, compiling, models, optim, schedule, schema
 from mlm_dist.batch_size import BatchConfig, accumulation, micro_rows
 from mlm_dist.checkpoint import CheckpointConfig
 from mlm_dist.engine_config import EngineConfig, deepspeed_json, resolve_precision, resolve_stage
@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "data.fetch_seconds",
     "batch.micro_rows",
     "model.encoder.recompute",
+    "engine.compile",
     "engine.timeout_seconds",
     "log",
     "checkpoint",
@@ -182,6 +183,7 @@ def describe(config: RunConfig, world_size: int, device: torch.device, vocab_siz
     """What a run would be, without starting it: the text of --dry-run."""
     engine = resolve_stage(config.engine, device)
     precision = resolve_precision(engine, device)
+    is_compiled = compiling.wanted(engine.compile, engine.zero_stage, device)
     with torch.device("meta"):
         model = models.build(config.model, vocab_size, config.batch.seq_len, packing=config.data.packing)
     parameters = models.count_parameters(model)
@@ -198,7 +200,8 @@ def describe(config: RunConfig, world_size: int, device: torch.device, vocab_siz
         f"parameters           {parameters:,} (vocabulary {vocab_size:,})",
         f"FLOPs per token      {flops:,.0f} (forward and backward)",
         f"tokens per step      {rows * config.batch.seq_len:,} = {rows} rows x {config.batch.seq_len}",
-        f"ranks                {shares(config.batch, world_size, rows)}, {precision} on {device.type}",
+        f"ranks                {shares(config.batch, world_size, rows)}, {precision} on {device.type}"
+        + (", compiled" if is_compiled else ""),
         *(
             f"batch warm-up        steps {one.step + 1:,} to {two.step:,}: {one.rows} rows, "
             f"{shares(config.batch, world_size, one.rows)}"

@@ -4,6 +4,8 @@ Pre-norm, no biases, rotary positions, GeGLU, layers that attend globally or in 
 of its parameters are those of transformers' ModernBertForMaskedLM.
 """
 
+import importlib.util
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from mlm_dist import cpu_layer
 from mlm_dist.linear_loss import linear_cross_entropy
 from mlm_dist.schema import ConfigError, setting
+
+logger = logging.getLogger(__name__)
 
 VOCAB_MULTIPLE = 64  # matrix kernels are fastest on whole tiles
 VOCABULARY_WEIGHTS = ("model.embeddings.tok_embeddings.weight", "decoder.weight", "decoder.bias")  # one row a token
@@ -129,11 +133,32 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, half_window: int) -> Tensor:
-    """Attention that computes nothing across documents; CUDA, fp16 or bf16. q, k, v: (B, T, H, D) -> (B, T, H * D)."""
+    """Attention that computes nothing across documents; CUDA, fp16 or bf16. q, k, v: (B, T, H, D) -> (B, T, H * D).
+
+    Only what torch's varlen_attn has had from 2.11 on: window_size took the place of is_causal there.
+    """
     length = q.shape[1]
     window = (half_window, half_window) if half_window < length - 1 else (-1, -1)
     flat = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
     return varlen_attn(*flat, bounds, bounds, length, length, window_size=window).view(*q.shape[:2], -1)
+
+
+def use_flash_attention_3(device: torch.device) -> bool:
+    """Have attention on the GPU done by FlashAttention-3 (Shah et al., arXiv 2407.08608) from here on, where it can be.
+
+    That is on Hopper (compute capability 9), where its package, flash_attn_interface, is installed; elsewhere torch's
+    own kernels, FlashAttention-2, stay. Returns whether it does it.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return False
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except Exception as error:  # whatever a package that was built for another torch or CUDA raises when it's loaded
+        logger.warning("FlashAttention-3 is installed and can't be used (%s): torch's own kernels stay", error)
+        return False
+    return True
 
 
 class Context(NamedTuple):

@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import logger as deepspeed_logger
 
-from mlm_dist import masking, optim
+from mlm_dist import compiling, masking, optim
 from mlm_dist.adam import StableAdamW
 from mlm_dist.background import copy_to_host
 from mlm_dist.batch_size import BatchConfig
@@ -141,6 +141,9 @@ class Engine:
         model = model.to(world.device)
         optimizer = self.inner = optim.build(optim_config, model, model.num_tokens)
         self.lr = optim_config.lr
+        self.is_compiled = compiling.wanted(config.compile, config.zero_stage, world.device)
+        if self.is_compiled:
+            compiling.compile_whole(model)
         self.norm: torch.Tensor | None = None
         self.skips = Skips(0, 0, 0)
         self.watches = {part: Stopwatch(world.device) for part in PARTS}  # `data` is the loop's to run

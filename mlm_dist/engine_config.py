@@ -8,6 +8,9 @@ import torch
 from mlm_dist.batch_size import BatchConfig, accumulation, micro_rows
 from mlm_dist.schema import ConfigError, setting
 
+# Numbers that a collective takes together: DeepSpeed's own 5e8 make a buffer of 2 GB in fp32 beside any model.
+BUCKET_NUMBERS = 50_000_000
+
 # What the typed sections decide; the `deepspeed:` mapping may not say it a second time.
 OWNED_KEYS = {
     "train_batch_size": "batch.global_rows",
@@ -36,6 +39,9 @@ class EngineConfig:
         "with offload_optimizer",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", help="auto: bf16 on a GPU, fp32 on a CPU")
+    compile: Literal["auto", True, False] = setting(
+        "auto", help="the model as one graph of torch.compile's, at zero_stage 0 to 2; auto: on a GPU"
+    )
     clip: float = setting(1.0, low=0, help="largest norm of the gradient; 0 turns clipping off")
     offload_optimizer: bool = setting(
         False, help="keep the optimizer's state and step in host memory (zero_stage 1 to 3)"
@@ -83,6 +89,7 @@ def deepspeed_json(
     Its batch is the full one; while the batch grows, `Engine.train_step` tells which micro-batch is a step's last.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
+    zero |= {"reduce_bucket_size": BUCKET_NUMBERS, "allgather_bucket_size": BUCKET_NUMBERS}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     made = {
@@ -97,6 +104,7 @@ def deepspeed_json(
         "fp16": {"enabled": precision == "fp16"},
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU before and after each micro-batch
     }
     return merge(made, extra)
 

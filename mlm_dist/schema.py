@@ -105,13 +105,18 @@ def _expected(kind: Any, bounds: Bounds) -> str:
     if dataclasses.is_dataclass(inner):
         words = f"a section with keys among {', '.join(map(_key, dataclasses.fields(inner)))}"
     elif origin is Literal:
-        words = f"one of {', '.join(map(str, typing.get_args(inner)))}"
+        words = f"one of {', '.join(map(_option, typing.get_args(inner)))}"
     elif origin in (tuple, dict):
         words = "a list" if origin is tuple else f"a mapping{' of sections' if _section_of(inner) else ''}"
     else:
         words = _NAMES[inner]
     limits = f" {_limits(bounds)}" if inner in (int, float) and bounds else ""
     return words + limits + (" or null" if optional else "")
+
+
+def _option(value: Any) -> str:
+    """A value of a Literal as YAML has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _limits(bounds: Bounds) -> str:
@@ -124,7 +129,7 @@ def _hint(kind: Any, value: Value) -> str:
     if value.data is None or isinstance(value.data, list | dict):
         return ""
     if typing.get_origin(inner) is Literal:
-        close = difflib.get_close_matches(str(value.data), map(str, typing.get_args(inner)), n=1)
+        close = difflib.get_close_matches(_option(value.data), map(_option, typing.get_args(inner)), n=1)
         return f"; did you mean {close[0]}?" if close else ""
     if typing.get_origin(inner) is tuple:
         return f"; write [{value.data if value.text is None else value.text}]"
@@ -279,7 +284,7 @@ def _type_name(kind: Any) -> str:
     inner, optional = _split_optional(kind)
     args = typing.get_args(inner)
     if typing.get_origin(inner) is Literal:
-        name = " | ".join(map(str, args))
+        name = " | ".join(map(_option, args))
     elif typing.get_origin(inner) is tuple:
         name = f"list of {_type_name(args[0])}"
     elif typing.get_origin(inner) is dict:

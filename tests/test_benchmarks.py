@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from launching import TINY
 
 from benchmarks import time_to_loss
 
@@ -206,3 +208,28 @@ def test_time_to_loss_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         assert [each["tokens"] for each in line["points"]] == [512, 1024]
         assert 0 < line["points"][0]["seconds"] < line["points"][1]["seconds"] and line["points"][1]["loss"] > 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"shards", "documents", "results.jsonl"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_gpu_benchmark_says_that_it_needs_one() -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "benchmarks/gpu.py needs a GPU, and torch finds none here\n"
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_reads_a_run_on_the_shards_that_it_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    folder = gpu.make_shards(tmp_path / "shards", vocab_size=300, count=2, tokens=20_000)
+    tiny = [*TINY, "data.lanes=2", "engine.precision=fp32"]
+    args = gpu.parse(["--steps", "8", "--config", "configs/base-150m.yaml", *tiny, "log.every_steps=2"])
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    reports = gpu.train(args, folder, tmp_path / "run")
+    assert [report["step"] for report in reports] == [2, 4, 6, 8]
+    said = gpu.figures(reports, cards=2)
+    assert said["tokens_per_second"] > 0 and 0 < said["mfu"] and 0.9 < said["packing"] <= 1
+    assert said["steps_measured"] == 6 and abs(said["tokens_per_second_per_card"] * 2 - said["tokens_per_second"]) <= 1

@@ -1,5 +1,6 @@
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,6 +298,22 @@ def test_variable_length_attention_on_the_gpu_equals_masked_attention(window: in
     got = model.bfloat16()(ids, segments=segments).float()
     real = segments.bool()
     torch.testing.assert_close(got[real], expected[real], atol=0.1, rtol=0.05)
+
+
+def test_flash_attention_3_is_left_alone_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not encoder.use_flash_attention_3(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert not encoder.use_flash_attention_3(torch.device("cuda"))  # its package isn't installed
+
+
+def test_flash_attention_3_that_does_not_load_is_said_and_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not encoder.use_flash_attention_3(torch.device("cuda"))
+    assert "undefined symbol" in caplog.text
 
 
 # ---- compiling, and refusals

@@ -173,6 +173,18 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(toy: Path, expect
         assert rank[1]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
 
 
+def waits(toy: Path, stages: tuple[int, ...]) -> int:
+    """How often DeepSpeed tells the device to finish before the host goes on, in STEPS steps of each stage."""
+    told = []
+    deepspeed.get_accelerator().synchronize = lambda *_: told.append(1)
+    on_engine(toy, BATCH, *stages)
+    return len(told)
+
+
+def test_deepspeed_never_waits_for_the_device(toy: Path) -> None:
+    assert on_ranks(1, waits, toy, (0, 1, 2)) == [0]
+
+
 # ---- gradients that are not finite
 
 

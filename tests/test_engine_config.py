@@ -35,7 +35,7 @@ def test_what_deepspeed_cannot_do_is_refused() -> None:
 def test_the_passthrough_reaches_deepspeed_but_not_what_a_section_owns() -> None:
     extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "comms_logger": {"enabled": True}}
     made = deepspeed_json(EngineConfig(zero_stage=2), BATCH, "fp32", 2, extra)
-    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 50_000_000}
     assert made["comms_logger"] == {"enabled": True}
     assert made["gradient_accumulation_steps"] == 2
     with pytest.raises(ConfigError, match=r"deepspeed\.zero_optimization\.stage is decided by engine.zero_stage"):
