@@ -71,12 +71,13 @@ def make_shards(folder: Path, vocab_size: int = VOCAB_SIZE, count: int = SHARDS,
 
 def train(args: argparse.Namespace, shards: Path, folder: Path) -> list[dict[str, Any]]:
     """The reports of a short run."""
-    overrides = [
+    given = [
         f"run.dir={folder}", f"run.steps={args.steps}", "run.tokens=null", f"data.shards={shards}",
         f"log.every_steps={args.steps // REPORTS}", "log.wandb=off", f"checkpoint.every_steps={NEVER}",
         f"evaluate.every_steps={NEVER}", "evaluate.max_rows=64", "schedule.name=constant", "schedule.warmup_steps=0",
     ]  # fmt: skip
-    command = ["launch/local.sh", "launch/pretrain.py", "--config", args.config, *overrides, *args.overrides]
+    overrides = {key.partition("=")[0]: key for key in (*given, *args.overrides)}.values()
+    command = ["launch/local.sh", "launch/pretrain.py", "--config", args.config, *overrides]
     run(command, {"PYTHON": sys.executable})
     return [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
 
