@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
 
 from mlm_dist import cpu_layer, export, huggingface, models, vocab
 from mlm_dist.encoder import Encoder, EncoderConfig
@@ -199,3 +199,48 @@ def test_what_our_encoder_is_not_is_refused_in_one_sentence(
     assert said.startswith(f"{tmp_path} holds a modernbert with {named}") and "\n" not in said
     assert said.endswith("which our encoder has not; set model.kind=transformers to train it")
     models.build(ModelConfig(kind="transformers", from_=str(tmp_path)), tokenizer.size, LENGTH, tokenizer)
+
+
+# ---- an exported model in use
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer: Vocab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Encoder]:
+    folder, config = tmp_path_factory.mktemp("exported") / "model", ModelConfig(encoder=EncoderConfig(**SHAPE))
+    model = models.build(config, tokenizer.size, LENGTH, tokenizer)
+    wide(model)
+    export.write(folder, model, config, tokenizer, {})
+    return folder, model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_document_has_the_same_embeddings_alone_and_in_a_padded_batch(
+    exported: tuple[Path, Encoder], side: str
+) -> None:
+    folder, ours = exported
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+    theirs = AutoModel.from_pretrained(folder).eval()
+    whole = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    texts = ["the fox", "the quick brown fox jumps over the lazy dog", "quick quick dog"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    padded = theirs(**batch).last_hidden_state  # (B, T, d)
+    assert not batch["attention_mask"].all()
+    for text, row, logits, mask in zip(texts, padded, whole(**batch).logits, batch["attention_mask"], strict=True):
+        one = tokenizer(text, return_tensors="pt")
+        alone = theirs(**one).last_hidden_state[0]
+        assert_near(row[mask > 0], alone)
+        assert_near(row[mask > 0].mean(0), alone.mean(0))
+        assert_near(logits[mask > 0], whole(**one).logits[0])
+        assert_near(ours.hidden_states(one["input_ids"])[0], alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_an_exported_model_compiled_gives_the_same_logits(exported: tuple[Path, Encoder], backend: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported[0])
+    model = AutoModelForMaskedLM.from_pretrained(exported[0]).eval()
+    batch = tokenizer(["the fox", "the quick brown fox jumps"], return_tensors="pt", padding=True)
+    expected = model(**batch).logits
+    torch._dynamo.reset()
+    assert_near(torch.compile(model, backend=backend)(**batch).logits, expected)
