@@ -3,9 +3,10 @@
     python benchmarks/time_to_loss.py --text TRAIN.jsonl.gz --valid-text VALID.jsonl.gz --peers build/bench/bin/python
 
 The same text, tokenizer, shape of model, batch, mask rate and number of ranks, one thread each, on CPU in fp32; the
-peer at several learning rates, of which the best counts. Held-out loss is that of launch/evaluate.py for both: 15 % of
-the tokens, with masks that never change. A run that is over stands in OUT/results.jsonl; started again, the benchmark
-goes on with those that are missing. Then it prints a table and, where matplotlib is there, draws OUT/time_to_loss.png.
+peer at several learning rates, of which the best counts, mlm_dist on a share of its tokens. Held-out loss is that of
+launch/evaluate.py for both: 15 % of the tokens, with masks that never change. A run that is over stands in
+OUT/results.jsonl; started again, the benchmark goes on with those that are missing. Then it prints a table and, where
+matplotlib is there, draws OUT/time_to_loss.png.
 
 seconds  of training alone: without the start, evaluations and checkpoints
 reached  the share of the peer's tokens and seconds after which mlm_dist's held-out loss was the peer's last one
@@ -49,10 +50,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--valid-text", type=Path, nargs="+", required=True, help="what the held-out loss is of")
     add("--peers", type=Path, help="the python of an environment with benchmarks/requirements-throughput.txt")
     add("--out", type=Path, default=Path("build/time-to-loss"), help="shards, results, plot (default: %(default)s)")
-    add("--tokens", type=int, default=1_000_000, help="of each run (default: 1,000,000)")
+    add("--tokens", type=int, default=1_000_000, help="of each of the peer's runs (default: 1,000,000)")
+    add("--share", type=float, default=0.6, help="of these tokens that mlm_dist is trained on (default: 0.6)")
     add("--points", type=int, default=16, help="at which the held-out loss is measured (default: 16)")
+    add("--rows-held-out", type=int, default=256, help="that it is measured on (default: 256)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="of the peer")
+    add("--lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="of the peer")
     add("--set", nargs="+", default=list(RECIPE), help="of mlm_dist, key=value (default: %(default)s)")
     add_shape(parser)
     parser.set_defaults(rows=8)
@@ -60,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     rows = args.ranks * args.rows * args.row_tokens
     args.every_steps = max(1, args.tokens // rows // args.points)
     args.steps = args.every_steps * args.points
+    args.own_steps = args.every_steps * max(1, round(args.points * args.share))
     args.warmup_steps = max(1, args.steps // 20)
     return args
 
@@ -79,16 +83,19 @@ class Work:
     def overrides(self, seed: int, folder: Path) -> list[str]:
         """The run of mlm_dist."""
         args = self.args
-        return [
-            f"run.dir={folder}", f"run.steps={args.steps}", f"run.seed={seed}",
+        given = {each.partition("=")[0] for each in args.set}
+        usual = [
+            f"run.dir={folder}", f"run.steps={args.own_steps}", f"run.seed={seed}",
             f"data.shards={self.shards.resolve()}", "data.workers=0", f"batch.seq_len={args.row_tokens}",
             f"batch.global_rows={args.ranks * args.rows}", f"batch.micro_rows={args.rows}",
             f"masking.rate={args.mask_rate}", f"schedule.warmup_steps={args.warmup_steps}",
             *(f"model.encoder.{name}={getattr(self.shape, name)}"
               for name in ("layers", "width", "heads", "mlp_width", "max_positions")),
             f"log.every_steps={args.every_steps}", "log.wandb=off", f"evaluate.every_steps={args.every_steps}",
-            "evaluate.predictions=0", f"checkpoint.every_steps={args.steps}", *args.set,
+            f"evaluate.max_rows={args.rows_held_out}", "evaluate.predictions=0",
+            f"checkpoint.every_steps={args.own_steps}",
         ]  # fmt: skip
+        return [each for each in usual if each.partition("=")[0] not in given] + args.set
 
     def task(self, seed: int, lr: float, scratch: Path) -> dict[str, Any]:
         """What the peer's script is told."""
@@ -213,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         work = Work(args)
     except Failed as error:
         sys.exit(f"error: no shards were made of the text: {error}")
-    path, ours = args.out / "results.jsonl", " ".join(args.set)
+    path, ours = args.out / "results.jsonl", " ".join([*args.set, f"run.steps={args.own_steps}"])
     budget = {name: getattr(args, name) for name in ("steps", "ranks", "rows", "row_tokens", "layers", "width")}
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     results = [result for result in results if result["budget"] == budget]
