@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, Failed, run
-from loader_data import LOG_DEVIATION, LOG_MEAN, RECORD_TOKENS
 from tokenizers import AddedToken, Tokenizer, models
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import Failed, run
+from benchmarks.loader_data import LOG_DEVIATION, LOG_MEAN, RECORD_TOKENS
 from mlm_dist import shards, vocab
 from mlm_dist.shards import Record
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from launching import TINY
 
-from benchmarks import time_to_loss
+from benchmarks import gpu, time_to_loss
 
 ROOT = Path(__file__).parent.parent
 
@@ -196,7 +196,7 @@ def test_time_to_loss_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = ["--text", tmp_path / "train.jsonl", "--valid-text", tmp_path / "valid.jsonl", "--out", tmp_path / "out"]
     options += ["--layers", 1, "--width", 32, "--heads", 1, "--mlp-width", 48, "--vocab-size", 300, "--row-tokens", 32]
-    options += ["--rows", 2, "--tokens", 1024, "--points", 2, "--seeds"]
+    options += ["--rows", 2, "--tokens", 1024, "--share", 1, "--points", 2, "--seeds"]
     command = [str(part) for part in (sys.executable, ROOT / "benchmarks" / "time_to_loss.py", *options)]
     for seeds in (["0"], ["0", "1"]):
         done = subprocess.run([*command, *seeds], capture_output=True, text=True)
@@ -221,9 +221,6 @@ def test_the_gpu_benchmark_says_that_it_needs_one() -> None:
 def test_the_gpu_benchmark_reads_a_run_on_the_shards_that_it_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import gpu
-
     folder = gpu.make_shards(tmp_path / "shards", vocab_size=300, count=2, tokens=20_000)
     tiny = [*TINY, "data.lanes=2", "engine.precision=fp32"]
     args = gpu.parse(["--steps", "8", "--config", "configs/base-150m.yaml", *tiny, "log.every_steps=2"])
