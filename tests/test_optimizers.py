@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ SHAPE = EncoderConfig(layers=2, width=32, heads=2, mlp_width=48, global_every=2,
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # small weights too
 CASES = {"0": (0, False, "fp32"), "1": (1, False, "fp32"), "1 offload": (1, True, "fp32")}
 CASES |= {"2": (2, False, "fp32"), "3": (3, False, "fp32")}
+OFFLOADED = {f"{stage} offload": (stage, True, "fp32") for stage in (2, 3)}  # in slow tests
 IN_BF16 = {f"{stage} bf16": (stage, False, "bf16") for stage in (1, 2, 3)}
 SAVED = {"stable_adamw": CASES, "muon": CASES | IN_BF16}  # plain AdamW's checkpoints: test_train.py, test_precision.py
 PARTS = {"attn.Wqkv.weight": 3, "attn.Wo.weight": 1, "mlp.Wi.weight": 2, "mlp.Wo.weight": 1}
@@ -64,7 +65,7 @@ def targets_of(window: list[Batch]) -> int:
 
 
 def engine_of(toy: Path, name: str, case: str, here: World, universal: bool = False) -> Engine:
-    stage, offload, precision = (CASES | IN_BF16)[case]
+    stage, offload, precision = (CASES | OFFLOADED | IN_BF16)[case]
     config = EngineConfig(zero_stage=stage, offload_optimizer=offload, clip=CLIP, precision=precision)
     model = build(vocab.load(toy / "tokenizer"))
     batch = BATCH if BATCH.global_rows % here.size == 0 else BatchConfig(seq_len=64, global_rows=4 * here.size)
@@ -82,7 +83,7 @@ def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
         return {name: weight.detach().clone() for name, weight in named.items()}
 
 
-def trained(toy: Path, name: str) -> dict[str, dict[str, Any]]:
+def trained(toy: Path, name: str, cases: Iterable[str] = CASES) -> dict[str, dict[str, Any]]:
     """By case: the weights before, and after each step, the norms, and how many matrices were made orthogonal."""
     made, orthogonalise = [0], muon.newton_schulz
 
@@ -92,7 +93,7 @@ def trained(toy: Path, name: str) -> dict[str, dict[str, Any]]:
 
     muon.newton_schulz = counted
     with world.join(120) as here:
-        return {case: train(toy, name, case, here, made) for case in CASES}
+        return {case: train(toy, name, case, here, made) for case in cases}
 
 
 def train(toy: Path, name: str, case: str, here: World, made: list[int]) -> dict[str, Any]:
@@ -166,12 +167,16 @@ def both(request: pytest.FixtureRequest, toy: Path) -> tuple[str, dict[str, Any]
 def test_two_ranks_do_what_the_formula_says(both: tuple, case: str) -> None:
     _, expected, ranks = both
     for rank in ranks:
-        after = rank[case]["weights"][-1]
-        assert after.keys() == expected["weights"].keys()
-        for key, weight in expected["weights"].items():
-            torch.testing.assert_close(after[key], weight, atol=1e-5, rtol=0, msg=f"{case}: {key}")
-        assert rank[case]["norms"] == pytest.approx(expected["norms"], rel=1e-4), "of the raw gradient"
-        assert min(expected["norms"]) > CLIP
+        check_weights(rank[case], expected)
+
+
+def check_weights(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    after = found["weights"][-1]
+    assert after.keys() == expected["weights"].keys()
+    for key, weight in expected["weights"].items():
+        torch.testing.assert_close(after[key], weight, atol=1e-5, rtol=0, msg=key)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4), "of the raw gradient"
+    assert min(expected["norms"]) > CLIP
 
 
 def update_of(rank: dict[str, Any], step: int, key: str) -> torch.Tensor:
@@ -182,18 +187,32 @@ def update_of(rank: dict[str, Any], step: int, key: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_muon_makes_every_hidden_matrix_orthogonal_once_a_step(both: tuple, case: str) -> None:
-    """But for directions in which there is hardly a gradient: LayerNorm lets through none along the mean."""
     name, expected, ranks = both
     for rank in ranks:
-        assert rank[case]["counts"] == [sum(MATRICES.values()) if name == "muon" else 0] * STEPS
-        for key, parts in MATRICES.items() if name == "muon" else ():
-            for step in range(STEPS):
-                for update, of_gradient in zip(
-                    update_of(rank[case], step, key).chunk(parts), expected["ranks"][step][key], strict=True
-                ):
-                    values = torch.linalg.svdvals(update) / (0.2 * max(update.shape) ** 0.5)
-                    assert values.max() < 1.3 and values[of_gradient - 1] > 0.6, (key, step, values)
-                    assert of_gradient >= min(update.shape) / 3, (key, step)
+        check_orthogonal(rank[case], expected, name)
+
+
+def check_orthogonal(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    """But for directions in which there is hardly a gradient: LayerNorm lets through none along the mean."""
+    assert found["counts"] == [sum(MATRICES.values()) if name == "muon" else 0] * STEPS
+    for key, parts in MATRICES.items() if name == "muon" else ():
+        for step in range(STEPS):
+            for update, of_gradient in zip(
+                update_of(found, step, key).chunk(parts), expected["ranks"][step][key], strict=True
+            ):
+                values = torch.linalg.svdvals(update) / (0.2 * max(update.shape) ** 0.5)
+                assert values.max() < 1.3 and values[of_gradient - 1] > 0.6, (key, step, values)
+                assert of_gradient >= min(update.shape) / 3, (key, step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_its_state_in_host_memory_at_stages_2_and_3_too(toy: Path, name: str) -> None:
+    expected = by_formula(toy, name)
+    for rank in on_ranks(2, trained, toy, name, tuple(OFFLOADED)):
+        for found in rank.values():
+            check_weights(found, expected)
+            check_orthogonal(found, expected, name)
 
 
 # ---- the map of DeepSpeed's flat tensors
@@ -294,13 +313,13 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     return {key: torch.cat(some) if some[0].ndim else some[0] for key, some in parts.items()}
 
 
-Ends = dict[str, dict[str, torch.Tensor]]  # the whole state half way, and weights and state after all steps
+Ends = dict[str, dict[str, torch.Tensor]]  # the whole state half way and after all steps; this rank's there
 
 
-def go_through(toy: Path, folder: Path, name: str) -> dict[str, tuple[Ends, Ends]]:
+def go_through(toy: Path, folder: Path, name: str, cases: Iterable[str]) -> dict[str, tuple[Ends, Ends]]:
     """By case: in one go, saved half way; and taken up again there."""
     with world.join(120) as here:
-        once = {case: through(toy, folder / case, name, case, here) for case in SAVED[name]}
+        once = {case: through(toy, folder / case, name, case, here) for case in cases}
         return {case: (ends, taken_up(toy, folder / case, name, case, here)) for case, ends in once.items()}
 
 
@@ -311,7 +330,7 @@ def through(toy: Path, folder: Path, name: str, case: str, here: World) -> Ends:
             save(engine, folder)
             middle = whole_state(engine)
         take_step(engine, window, step)
-    return {"middle": middle, "end": weights_of(engine) | state_of(engine)}
+    return {"middle": middle, "whole": whole_state(engine), "end": weights_of(engine) | state_of(engine)}
 
 
 def taken_up(toy: Path, folder: Path, name: str, case: str, here: World) -> Ends:
@@ -321,12 +340,12 @@ def taken_up(toy: Path, folder: Path, name: str, case: str, here: World) -> Ends
     for step, window in enumerate(windows(toy, here.rank, here.size)):
         if step >= STEPS // 2:
             take_step(engine, window, step)
-    return {"middle": middle, "end": weights_of(engine) | state_of(engine)}
+    return {"middle": middle, "whole": whole_state(engine), "end": weights_of(engine) | state_of(engine)}
 
 
-def taken_up_by_others(toy: Path, folder: Path, name: str) -> dict[str, Ends]:
+def taken_up_by_others(toy: Path, folder: Path, name: str, cases: Iterable[str]) -> dict[str, Ends]:
     with world.join(120) as here:
-        return {case: taken_up(toy, folder / case, name, case, here) for case in SAVED[name]}
+        return {case: taken_up(toy, folder / case, name, case, here) for case in cases}
 
 
 def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], case: str) -> None:
@@ -337,7 +356,7 @@ def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("name", SAVED)
 def test_a_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, name: str) -> None:
-    for rank in on_ranks(2, go_through, toy, tmp_path, name):
+    for rank in on_ranks(2, go_through, toy, tmp_path, name, tuple(SAVED[name])):
         for case, (once, again) in rank.items():
             check_same(again["middle"], once["middle"], case)
             check_same(again["end"], once["end"], case)
@@ -348,12 +367,18 @@ def test_a_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize("name", SAVED)
 def test_a_run_goes_on_on_another_number_of_ranks(toy: Path, tmp_path: Path, name: str) -> None:
     """What is loaded is bit for bit what was saved; from there on sums over ranks differ, in bf16 by more than fp32."""
-    whole = on_ranks(2, go_through, toy, tmp_path, name)[0]
+    cases = (*SAVED[name], *OFFLOADED)
+    whole = on_ranks(2, go_through, toy, tmp_path, name, cases)[0]
     for size in (1, 4):
-        for rank in on_ranks(size, taken_up_by_others, toy, tmp_path, name):
+        for rank in on_ranks(size, taken_up_by_others, toy, tmp_path, name, cases):
             for case, found in rank.items():
-                once, _ = whole[case]
+                once, again = whole[case]
+                check_same(again["end"], once["end"], case)
                 check_same(found["middle"], once["middle"], case)
-                for key, weight in once["end"].items() if case in CASES else ():
+                for key, weight in once["end"].items() if case not in IN_BF16 else ():
                     if key.startswith("transformer."):
                         torch.testing.assert_close(found["end"][key], weight, atol=1e-5, rtol=0, msg=f"{case} {key}")
+                for key, weight in once["whole"].items() if case in IN_BF16 else ():
+                    if key.endswith(" fp32"):
+                        moved = (weight - once["middle"][key]).norm()
+                        assert (found["whole"][key] - weight).norm() < 0.2 * moved, (case, key)
