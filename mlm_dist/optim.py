@@ -10,7 +10,7 @@ from torch import nn
 from mlm_dist.adam import StableAdamW
 from mlm_dist.muon import Muon, MuonConfig, hidden_matrices
 from mlm_dist.pieces import Pieced, flats_of
-from mlm_dist.schema import setting
+from mlm_dist.schema import ConfigError, setting
 from mlm_dist.world import World
 
 
@@ -40,7 +40,12 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
 
 
 def build(config: OptimConfig, model: nn.Module, vocab_size: int | None = None) -> torch.optim.Optimizer:
-    """The optimizer over the model's trained parameters. vocab_size: as `hidden_matrices` has it."""
+    """The optimizer over the model's trained parameters. vocab_size: as `hidden_matrices` has it.
+
+    Raises ConfigError where there are none.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("no parameter of the model is trained (requires_grad is False everywhere); set it on some")
     return OPTIMIZERS[config.name](config, model, vocab_size)
 
 

@@ -4,6 +4,7 @@ from torch import nn
 
 from mlm_dist import optim
 from mlm_dist.optim import OPTIMIZERS, OptimConfig
+from mlm_dist.schema import ConfigError
 
 
 def test_only_matrices_decay() -> None:
@@ -28,6 +29,12 @@ def test_gradients_are_clipped_to_their_common_norm() -> None:
     before = [p.grad.clone() for p in model.parameters()]
     assert optim.clip_gradients(model.parameters(), 1.0).item() == pytest.approx(0.5, rel=1e-5)
     assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True)), "small ones stay"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_model_with_nothing_to_train_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="no parameter of the model is trained"):
+        optim.build(OptimConfig(name=name), nn.Linear(3, 3).requires_grad_(False))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
