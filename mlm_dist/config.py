@@ -111,14 +111,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        steps = total_steps(self)
-        schedule.check(self.schedule, steps)
+        check_length(self, total_steps(self))
         models.check(self.model, self.batch.seq_len)
-        if steps is not None and batch_size.rows_at(self.batch, steps - 1) < self.batch.global_rows:
-            raise ConfigError(
-                f"batch.warmup_tokens = {self.batch.warmup_tokens} is more than the run: the batch would never grow to "
-                f"{self.batch.global_rows} rows; lower it, or make the run longer"
-            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -131,6 +125,16 @@ def total_steps(config: RunConfig) -> int | None:
     if config.run.tokens is not None:
         return batch_size.steps_of(config.batch, math.ceil(config.run.tokens / config.batch.seq_len))
     return config.run.steps
+
+
+def check_length(config: RunConfig, steps: int | None) -> None:
+    """Raise ConfigError where warm-up, decay or a growing batch don't fit in a run of so many steps, if it is known."""
+    schedule.check(config.schedule, steps)
+    if steps is not None and batch_size.rows_at(config.batch, steps - 1) < config.batch.global_rows:
+        raise ConfigError(
+            f"batch.warmup_tokens = {config.batch.warmup_tokens} is more than the run: the batch would never grow to "
+            f"{config.batch.global_rows} rows; lower it, or make the run longer"
+        )
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mlm_dist import batch_size, masking, mixture, schedule, schema, stream, world
+from mlm_dist import batch_size, config, masking, mixture, schedule, schema, stream, world
 from mlm_dist.checkpoint import CheckpointError, State
 from mlm_dist.config import RunConfig
 from mlm_dist.cursor import merge_cursors
@@ -227,6 +227,10 @@ def advance(run: Run, micro_batches: list[Batch], tokens: int, seconds: float) -
         state.total_steps = max(state.step, batch_size.steps_of(batch, round(hours * 3600 / per_row)))
         seconds = hours * 3600 / state.total_steps
         run.tracker.say(f"{hours} hours are {state.total_steps:,} steps at {seconds:.3f} s each")
+        try:
+            config.check_length(run.config, state.total_steps)
+        except ConfigError as error:  # the run has begun
+            run.tracker.say(f"warning: {error}")
 
 
 def report(run: Run) -> None:

@@ -337,9 +337,10 @@ def test_training_goes_on_from_an_export_on_other_text(finished: Path, toy: Path
 
 
 def test_a_length_in_hours_becomes_steps_once_a_step_is_timed(toy: Path, tmp_path: Path) -> None:
-    done = pretrain(toy, tmp_path / "run", "run.steps=null", "run.hours=0.001")
+    done = pretrain(toy, tmp_path / "run", "run.steps=null", "run.hours=0.001", "schedule.warmup_steps=99999")
     assert done.returncode == 0, done.stdout
     assert "0.001 hours are" in done.stdout
+    assert "warning: schedule.warmup_steps = 99999 leaves nothing of a run of" in done.stdout
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["step"] == status["total_steps"] >= 20
     seconds = checkpoint.load_state(checkpoint.find(tmp_path / "run")).train_seconds
