@@ -116,18 +116,19 @@ def load(saved: Path, engine: Engine, world: World, scratch: Path) -> None:
     One that another number of ranks saved goes through DeepSpeed's universal checkpoint, for which the engine must have
     been made (`needs_resharding`).
     scratch: the folder of checkpoints of the run that loads it, where a conversion has room
+    Raises CheckpointError where it can't be read, or is deleted meanwhile.
     """
     if not needs_resharding(saved, world):
-        with refusing_foreign_objects(saved), engine.own_optimizer_options():
+        with while_it_stands(saved), refusing_foreign_objects(saved), engine.own_optimizer_options():
             path, _ = engine.deepspeed.load_checkpoint(str(saved), tag=TAG)
-        assert path is not None, "DeepSpeed found no checkpoint where one was verified"
+            assert path is not None, "DeepSpeed found no checkpoint where one was verified"
         return
     folder = scratch / f"tmp-universal-{saved.name}"
     problem = None
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            with refusing_foreign_objects(saved):
+            with while_it_stands(saved), refusing_foreign_objects(saved):
                 make_universal(saved / TAG, folder / TAG)
         except CheckpointError as error:
             problem = str(error)
@@ -146,7 +147,8 @@ def load(saved: Path, engine: Engine, world: World, scratch: Path) -> None:
 
 def needs_resharding(saved: Path, world: World) -> bool:
     """Whether a checkpoint has another number of shards than there are ranks. At stage 0 nothing is sharded."""
-    manifest = json.loads((saved / "manifest.json").read_text())
+    with while_it_stands(saved):
+        manifest = json.loads((saved / "manifest.json").read_text())
     return manifest["zero_stage"] > 0 and manifest["world_size"] != world.size
 
 
@@ -210,14 +212,19 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
         return ["manifest.json was altered (its own sha256 differs)"]
     faults = []
     for name in sorted(files)[rank::world_size]:
-        path, entry = checkpoint / name, files[name]
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-        elif sha256_of(path) != entry["sha256"]:
-            faults.append(f"{name} was altered (its sha256 differs)")
+        try:
+            faults += faults_of_file(checkpoint / name, name, files[name])
+        except OSError as error:  # deleted a moment ago, say
+            faults.append(f"{name} can't be read ({type(error).__name__})")
     return faults
+
+
+def faults_of_file(path: Path, name: str, entry: dict[str, Any]) -> list[str]:
+    if not path.is_file():
+        return [f"{name} is missing"]
+    if path.stat().st_size != entry["bytes"]:
+        return [f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"]
+    return [f"{name} was altered (its sha256 differs)"] if sha256_of(path) != entry["sha256"] else []
 
 
 def prune(folder: Path, config: CheckpointConfig, state: State) -> None:
@@ -256,15 +263,18 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All weights in fp32 on the host, whatever the stage and the number of ranks that saved them. Needs no GPU."""
     folder = checkpoint / TAG
     with refusing_foreign_objects(checkpoint):
-        if json.loads((checkpoint / "manifest.json").read_text())["zero_stage"] == 0:
-            saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
-            return in_fp32(saved)
+        stage, whole = json.loads((checkpoint / "manifest.json").read_text())["zero_stage"], {}
+        if stage < 3:  # all of them as they are computed with: those that aren't trained have no others
+            saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+            whole = in_fp32(saved["module"])
+        if stage == 0:
+            return whole
         shards = sorted(folder.glob("bf16_zero_pp_rank_*_optim_states.pt"), key=rank_of)
         if shards and not has_zero_stage(shards[0]):
-            return weights_in_slices(folder / "mp_rank_00_model_states.pt", shards)
+            return whole | weights_in_slices(saved, shards)
         # it reports its progress to both
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG))
+            return whole | dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG))
 
 
 def in_fp32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -285,9 +295,11 @@ def has_zero_stage(shard: Path) -> bool:
     return "zero_stage" in torch.load(shard, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"]
 
 
-def weights_in_slices(model: Path, shards: list[Path]) -> dict[str, torch.Tensor]:
-    """All weights in fp32, put together from the ranks' slices of the master weights, by the names of the slices."""
-    saved = torch.load(model, map_location="cpu", weights_only=True)
+def weights_in_slices(saved: dict[str, Any], shards: list[Path]) -> dict[str, torch.Tensor]:
+    """The trained weights in fp32, put together from the ranks' slices of the master weights, by the slices' names.
+
+    saved: what DeepSpeed keeps of the model itself
+    """
     slices: dict[str, list[torch.Tensor]] = {}
     for shard in shards:
         state = torch.load(shard, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"]
@@ -297,8 +309,27 @@ def weights_in_slices(model: Path, shards: list[Path]) -> dict[str, torch.Tensor
                 slices.setdefault(name, []).append(flat.narrow(0, place.start, place.numel))
     shapes = {name: shape for group in saved["param_shapes"] for name, shape in group.items()}
     weights = {name: torch.cat(slices[name]).view(shape) for name, shape in shapes.items()}
-    weights |= {name: weights[other] for name, other in saved["shared_params"].items()}
-    return weights | in_fp32({name: saved["module"][name] for name in saved["buffer_names"]})
+    return weights | {name: weights[other] for name, other in saved["shared_params"].items() if other in weights}
+
+
+@contextmanager
+def while_it_stands(checkpoint: Path) -> Iterator[None]:
+    """Turn whatever comes of reading a checkpoint that is whole no more into one sentence.
+
+    One of another run (`run.from`) may be pruned by that run, or deleted by hand, after it was verified.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        faults = verify(checkpoint)
+        if not faults:
+            raise
+        raise CheckpointError(
+            f"{checkpoint} was whole and is not any more, deleted perhaps while it was read ({faults[0]}); "
+            "start again from one that stays: checkpoint.keep_every_steps of its run keeps some"
+        ) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from mlm_dist.checkpoint import State
 from mlm_dist.config import RunConfig
 from mlm_dist.cursor import Progress
 from mlm_dist.engine import Engine
-from mlm_dist.engine_config import resolve_precision
+from mlm_dist.engine_config import resolve_precision, resolve_stage
 from mlm_dist.metrics import Meter
 from mlm_dist.mixture import Sources
 from mlm_dist.redaction import redact
@@ -55,6 +55,7 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
         "tokenizer": tokenizer.fingerprint,
         "data": mixture.counts(sources),
         "precision": resolve_precision(cfg.engine, here.device),
+        "zero_stage": resolve_stage(cfg.engine, here.device).zero_stage,
         "config": redact(schema.to_mapping(cfg)),
         "from": None,
     }

@@ -66,8 +66,12 @@ def resumed(cfg: RunConfig, folder: Path, saved: Path, facts: dict[str, Any]) ->
 
 
 def branched(cfg: RunConfig, saved: Path, facts: dict[str, Any]) -> Start:
-    """At a checkpoint of another run. Raises ConfigError for one of another model, and for a run that would be over."""
-    parent = checkpoint.load_state(saved)
+    """At a checkpoint of another run.
+
+    Raises ConfigError for one of another model, and for a run that would be over; CheckpointError for one that is gone.
+    """
+    with checkpoint.while_it_stands(saved):
+        parent = checkpoint.load_state(saved)
     refused = [*changed(parent.facts, facts, (*MAY_CHANGE, *MAY_DIFFER)).values(), *misfits(parent.facts, facts)]
     if refused:
         raise ConfigError(f"run.from = {cfg.run.from_} can't be gone on from: {'; '.join(refused)}; change it back")
@@ -109,8 +113,11 @@ def changed(saved: dict[str, Any], facts: dict[str, Any], allowed: tuple[str, ..
 
 
 def misfits(saved: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    """What no checkpoint can be gone on from with: another precision or tokenizer."""
+    """What no checkpoint can be gone on from with: another precision, ZeRO stage or tokenizer."""
     found = []
+    before = saved.get("zero_stage", facts["zero_stage"])  # older ones don't tell
+    if before != facts["zero_stage"]:
+        found.append(f"engine.zero_stage came to {before} and comes to {facts['zero_stage']} now")
     if saved["precision"] != facts["precision"]:
         found.append(f"engine.precision came to {saved['precision']} and comes to {facts['precision']} now")
     if saved["tokenizer"] != facts["tokenizer"]:

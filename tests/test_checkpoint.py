@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlm_dist import checkpoint
-from mlm_dist.checkpoint import CheckpointConfig, State
+from mlm_dist.checkpoint import CheckpointConfig, CheckpointError, State
 from mlm_dist.manifest import sha256_of
 from mlm_dist.schema import ConfigError
 
@@ -58,6 +58,16 @@ def test_missing_short_and_unlisted_files_are_named(tmp_path: Path) -> None:
     assert checkpoint.verify(path) == ["deepspeed/weights.pt is missing", "state.json has 5 bytes, not 20"]
     (path / "manifest.json").unlink()
     assert checkpoint.verify(path) == ["manifest.json can't be read (FileNotFoundError)"]
+
+
+def test_one_that_is_lost_while_it_is_read_is_told_in_one_sentence(tmp_path: Path) -> None:
+    path = make(tmp_path, 5)
+    with pytest.raises(ZeroDivisionError), checkpoint.while_it_stands(path):
+        raise ZeroDivisionError  # no fault of the checkpoint's
+    with pytest.raises(CheckpointError, match=r"step_00000005 was whole and is not any more.*weights.pt is missing"):
+        with checkpoint.while_it_stands(path):
+            (path / "deepspeed/weights.pt").unlink()
+            (path / "deepspeed/weights.pt").read_text()
 
 
 def test_ranks_share_the_verification(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from launching import ROOT, metrics, overridden, run
 from ranks import on_ranks
 
-from mlm_dist import checkpoint, config, engine, prepare, train, world
+from mlm_dist import assembly, checkpoint, config, engine, prepare, train, vocab, world
 from mlm_dist.world import EXIT_NON_FINITE, StopFlag
 
 pytestmark = pytest.mark.slow
@@ -78,6 +78,31 @@ def test_bf16_at_stage_1_is_exported_and_evaluated(toy: Path, tmp_path: Path) ->
     assert exported.returncode == 0 and (tmp_path / "hf/model.safetensors").exists(), exported.stdout
     evaluated = run("launch/evaluate.py", "--run", str(tmp_path / "1"))
     assert evaluated.returncode == 0 and "Traceback" not in evaluated.stdout, evaluated.stdout
+
+
+# ---- parameters that are not trained
+
+FROZEN = ("model.kind=factory", "model.factory=tests.factories:half_frozen", "optim.name=muon")
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_weights_that_are_not_trained_are_in_every_checkpoint(toy: Path, tmp_path: Path, kind: str) -> None:
+    """As they were made, at each stage, and where another number of ranks goes on."""
+    for ranks, steps in ((2, 3), (1, 5)):
+        assert on_ranks(ranks, go_on, toy, tmp_path, kind, steps, *FROZEN) == [[0] * len(STAGES)] * ranks
+    tokenizer = vocab.load(toy / "tokenizer")
+    for stage in STAGES:
+        cfg = config.load(ROOT / "configs/quickstart.yaml", overridden(toy, tmp_path, *FROZEN))
+        world.seed_everything(cfg.run.seed)
+        made = assembly.objective(cfg, assembly.build_model(cfg, tokenizer, is_trained=False), tokenizer)
+        frozen = {name for name, weight in made.named_parameters() if not weight.requires_grad}
+        assert frozen
+        for step in (3, 5):
+            model = assembly.load_model(cfg, tokenizer, checkpoint.find(tmp_path / str(stage), step))
+            weights = dict(model.named_parameters())
+            for name, weight in made.named_parameters():
+                as_it_was = weight.bfloat16().float() if kind == "bf16" else weight
+                assert torch.equal(weights[name], as_it_was) == (name in frozen), (stage, step, name)
 
 
 # ---- fp16

@@ -40,18 +40,19 @@ def the_state(folder: Path) -> State:
 # ---- what a checkpoint of another run is to this one
 
 
-def facts_of(*overrides: str, **more: str) -> dict[str, Any]:
+def facts_of(*overrides: str, **more: Any) -> dict[str, Any]:
     cfg = config.load(ROOT / "configs/quickstart.yaml", overrides)
     return {
         "config": schema.to_mapping(cfg),
         "manifest": "m",
         "tokenizer": "t",
         "precision": "fp32",
+        "zero_stage": 0,
         "from": None,
     } | more
 
 
-def branch(folder: Path, *overrides: str, saved: dict[str, Any] | None = None, **more: str) -> start.Start:
+def branch(folder: Path, *overrides: str, saved: dict[str, Any] | None = None, **more: Any) -> start.Start:
     """At step 400 of a run of 600 steps of the quickstart's configuration."""
     run = folder / "stable/checkpoints/step_00000400"
     run.mkdir(parents=True, exist_ok=True)
@@ -98,6 +99,10 @@ def test_other_shards_make_a_phase_and_another_tokenizer_is_refused(tmp_path: Pa
         branch(tmp_path, tokenizer="another")
     with pytest.raises(ConfigError, match=r"engine\.precision came to fp32 and comes to bf16 now"):
         branch(tmp_path, precision="bf16")
+    with pytest.raises(ConfigError, match=r"engine\.zero_stage came to 0 and comes to 1 now"):
+        branch(tmp_path, zero_stage=1)
+    older = {name: fact for name, fact in facts_of("run.steps=600").items() if name != "zero_stage"}
+    assert branch(tmp_path, saved=older).state.step == 400
 
 
 def test_a_run_that_would_be_over_is_refused(tmp_path: Path) -> None:
@@ -312,3 +317,20 @@ def test_an_altered_checkpoint_is_refused_by_name_and_stays_where_it_is(
     done = pretrain(toy, tmp_path / "run", f"run.from={run}", *COOLED)
     assert done.returncode == 0 and "step_00000008 is refused: state.json was altered" in done.stdout, done.stdout
     assert f"goes on from step 5 of {run}" in done.stdout and contents(run) == before
+
+
+@slow
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 2), (3, 2), (1, 1)])
+def test_one_that_is_deleted_while_it_is_read_is_told_in_one_sentence(
+    toy: Path, tmp_path: Path, stage: int, ranks: int
+) -> None:
+    """After it was verified, before its weights are loaded: its run keeps the newest few, and has gone on."""
+    folder = tmp_path / "parent/checkpoints"
+    options = (f"engine.zero_stage={stage}", "model.kind=factory", "model.factory=tests.factories:that_deletes")
+    options = (*options, f"model.options.folder={folder}")
+    done = pretrain(toy, folder.parent, "run.steps=3", *options)
+    assert done.returncode == 0, done.stdout
+    refused = pretrain(toy, tmp_path / "run", f"run.from={folder.parent}", "run.steps=5", *options, ranks=ranks)
+    assert refused.returncode == 2 and "Traceback" not in refused.stdout, refused.stdout
+    assert "step_00000003 was whole and is not any more" in refused.stdout
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
