@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -32,6 +33,7 @@ from mlm_dist.schema import ConfigError, setting
 from mlm_dist.world import World
 
 TAG = "deepspeed"
+NAME = re.compile(r"step_\d{8,}")
 
 # All that DeepSpeed's own files hold besides tensors and plain values; anything else is refused, unread.
 torch.serialization.add_safe_globals([ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler])
@@ -193,8 +195,9 @@ def load_state(checkpoint: Path) -> State:
 
 
 def newest_first(folder: Path) -> list[str]:
-    """Names of the complete checkpoints of a run, the newest first."""
-    return sorted((path.name for path in folder.glob("step_*") if path.is_dir()), reverse=True)
+    """Names of the complete checkpoints of a run, the newest first; a folder of another name is a user's own."""
+    named = (path for path in folder.glob("step_*") if NAME.fullmatch(path.name))
+    return sorted((path.name for path in named if path.is_dir()), reverse=True)
 
 
 def step_name(step: int) -> str:

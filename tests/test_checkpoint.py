@@ -109,6 +109,16 @@ def test_what_no_rule_keeps_is_deleted(tmp_path: Path, config: CheckpointConfig,
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.step_name(step) for step in kept]
 
 
+def test_a_copy_that_a_user_keeps_beside_them_is_left_alone(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    (tmp_path / checkpoint.step_name(1)).rename(tmp_path / "step_00000001_kept")
+    for step in (2, 3):
+        make(tmp_path, step)
+    checkpoint.prune(tmp_path, CheckpointConfig(keep_last=1, keep_every_steps=3, keep_best=False), State(step=3))
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000001_kept", checkpoint.step_name(3)}
+    assert checkpoint.newest_first(tmp_path) == [checkpoint.step_name(3)]
+
+
 class Payload:
     def __init__(self, path: Path) -> None:
         self.path = path
