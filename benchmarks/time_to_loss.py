@@ -39,7 +39,9 @@ from mlm_dist.evaluate import evaluate  # noqa: E402
 from mlm_dist.manifest import load_manifest  # noqa: E402
 
 OURS, PEER = "mlm_dist", "ModernBERT, AdamW, Trainer"
-RECIPE = ("optim.name=muon", "optim.lr=3e-3", "schedule.name=linear")
+RECIPE = (
+    "optim.name=muon", "optim.lr=8e-3", "optim.muon.lr_factor=2", "schedule.name=linear", "engine.zero_stage=1",
+)  # fmt: skip
 POINT = ("step", "tokens", "seconds", "loss")
 
 
@@ -51,14 +53,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--peers", type=Path, help="the python of an environment with benchmarks/requirements-throughput.txt")
     add("--out", type=Path, default=Path("build/time-to-loss"), help="shards, results, plot (default: %(default)s)")
     add("--tokens", type=int, default=1_000_000, help="of each of the peer's runs (default: 1,000,000)")
-    add("--share", type=float, default=0.6, help="of these tokens that mlm_dist is trained on (default: 0.6)")
+    add("--share", type=float, default=0.5, help="of these tokens that mlm_dist is trained on (default: 0.5)")
     add("--points", type=int, default=16, help="at which the held-out loss is measured (default: 16)")
     add("--rows-held-out", type=int, default=256, help="that it is measured on (default: 256)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="of the peer")
     add("--set", nargs="+", default=list(RECIPE), help="of mlm_dist, key=value (default: %(default)s)")
     add_shape(parser)
-    parser.set_defaults(rows=8)
+    parser.set_defaults(rows=8, layers=4)  # 4.4M parameters
     args = parser.parse_args(argv)
     rows = args.ranks * args.rows * args.row_tokens
     args.every_steps = max(1, args.tokens // rows // args.points)

@@ -9,8 +9,8 @@ from torch import nn
 from mlm_dist.schema import ConfigError
 
 BACKEND = "inductor"
-# A graph for each shape: micro-batches while the batch grows, plateaus of the mask rate, held-out batches and the last
-# of them. More than so many are no plan, and each takes a minute or so.
+# A graph for each shape: micro-batches while the batch grows, plateaus of the mask rate, held-out batches. More than so
+# many are no plan, and each takes a minute or so.
 MOST_GRAPHS = 32
 
 
