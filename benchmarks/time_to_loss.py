@@ -42,6 +42,7 @@ OURS, PEER = "mlm_dist", "ModernBERT, AdamW, Trainer"
 RECIPE = (
     "optim.name=muon", "optim.lr=8e-3", "optim.muon.lr_factor=2", "schedule.name=linear", "engine.zero_stage=1",
 )  # fmt: skip
+BUDGET = ("steps", "ranks", "rows", "row_tokens", "layers", "width", "rows_held_out")
 POINT = ("step", "tokens", "seconds", "loss")
 
 
@@ -155,7 +156,7 @@ def held_out_loss(cfg: config.RunConfig, weights: Path) -> float:
     model.transformer.load_state_dict(torch.load(weights, weights_only=True))
     model.eval()
     with world.join(600) as here:
-        batches = stream.held_out_batches(valid, tokenizer, cfg.data, cfg.batch, 0, 1)
+        batches = stream.held_out_batches(valid, tokenizer, cfg.data, cfg.batch, 0, 1, cfg.evaluate.max_rows)
 
         def step(batch: stream.Batch) -> dict[str, torch.Tensor]:
             return held_out_pass(model, batch, cfg.evaluate.rate, cfg.evaluate.seed, here.device)
@@ -196,6 +197,21 @@ def summarise(results: Sequence[dict[str, Any]], ours: str) -> list[dict[str, An
     return lines
 
 
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """As Markdown, a line a seed."""
+
+    def percent(share: float | None) -> str:
+        return "never" if share is None else f"{share:.0%}"
+
+    head = "| seed | peer's best | its last loss | mlm_dist's last loss | reached with of its tokens | of its seconds |"
+    rows = [
+        f"| {line['seed']} | {line['peer']} | {line['peer_loss']:.3f} | {line['loss']:.3f} | {percent(line['tokens'])} "
+        f"| {percent(line['seconds'])} |"
+        for line in lines
+    ]
+    return "\n".join([head, "|---" * 6 + "|", *rows])
+
+
 def draw(results: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
@@ -223,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Failed as error:
         sys.exit(f"error: no shards were made of the text: {error}")
     path, ours = args.out / "results.jsonl", " ".join([*args.set, f"run.steps={args.own_steps}"])
-    budget = {name: getattr(args, name) for name in ("steps", "ranks", "rows", "row_tokens", "layers", "width")}
+    budget = {name: getattr(args, name) for name in BUDGET}
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     results = [result for result in results if result["budget"] == budget]
     runs = [(OURS, ours, seed, None) for seed in args.seeds]
@@ -246,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line in lines:
         print(json.dumps({"benchmark": "time_to_loss", **line}))
     if lines:
+        print(table(lines))
         draw(results, lines, args.out / "time_to_loss.png")
 
 

@@ -184,6 +184,9 @@ def test_the_peer_counts_at_its_best_learning_rate_on_average() -> None:
     first, second = time_to_loss.summarise(results, "muon")
     assert (first["peer"], first["tokens"], first["seconds"], first["loss"]) == ("lr=1", 0.5, 0.25, 3.0)
     assert second["seed"] == 1 and second["tokens"] is second["seconds"] is None  # never as good
+    assert time_to_loss.table([first, second]).splitlines()[2:] == [
+        "| 0 | lr=1 | 4.000 | 3.000 | 50% | 25% |", "| 1 | lr=1 | 4.200 | 4.300 | never | never |"
+    ]  # fmt: skip
     assert time_to_loss.summarise(results[4:], "muon") == []
 
 
