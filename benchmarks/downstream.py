@@ -265,6 +265,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of an example (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=4)
     args = parser.parse_args()
+    if not (args.model / "config.json").is_file():
+        parser.error(f"--model {args.model} is no exported folder: it has no config.json")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)

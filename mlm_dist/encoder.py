@@ -177,7 +177,8 @@ def rotary_tables(positions: Tensor, width: int, theta: float, factor: float) ->
     Dimension i is paired with i + D/2; the sine's first half is negated for `rotate`.
     """
     exponent = torch.arange(0, width, 2, device=positions.device) / width
-    angles = positions[:, :, None, None] / (factor * theta**exponent)  # (B, T, 1, D / 2)
+    # in the order of transformers' operations: far positions turn a last digit here into a fourth of the logits
+    angles = positions[:, :, None, None] * (1.0 / theta**exponent / factor)  # (B, T, 1, D / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
