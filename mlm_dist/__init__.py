@@ -31,6 +31,7 @@ Reading order is import order: a module imports only modules above it in this li
     mlm          MLM: the wrapper around any transformer; returns the loss, and on request its sums
     cpu_attention  attention in training on a CPU, by hand
     cpu_layer    a layer of the encoder on a CPU, forward and backward by hand
+    gpu_attention  attention on a GPU that computes nothing across documents
     encoder      the fast encoder (ModernBERT architecture)
     huggingface  encoder <-> transformers: names, configs, weights of a local folder
     models       MODELS: encoder, any masked LM of transformers, any Python factory; FLOPs per token

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "data.cache_gb",
     "data.fetch_seconds",
     "batch.micro_rows",
+    "model.encoder.max_documents",
     "model.encoder.recompute",
     "engine.compile",
     "engine.timeout_seconds",
@@ -65,7 +66,6 @@ MAY_DIFFER = (
     "model.encoder.rope_factor",
     "model.encoder.rope_factor_local",
     "model.encoder.max_positions",
-    "model.encoder.max_documents",
 )
 
 

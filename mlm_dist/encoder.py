@@ -4,8 +4,6 @@ Pre-norm, no biases, rotary positions, GeGLU, layers that attend globally or in 
 of its parameters are those of transformers' ModernBertForMaskedLM.
 """
 
-import importlib.util
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +13,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from mlm_dist import cpu_layer
+from mlm_dist import cpu_layer, gpu_attention
 from mlm_dist.linear_loss import linear_cross_entropy
 from mlm_dist.schema import ConfigError, setting
-
-logger = logging.getLogger(__name__)
 
 VOCAB_MULTIPLE = 64  # matrix kernels are fastest on whole tiles
 VOCABULARY_WEIGHTS = ("model.embeddings.tok_embeddings.weight", "decoder.weight", "decoder.bias")  # one row a token
@@ -110,55 +105,10 @@ def attention_mask(segments: Tensor | None, length: int, half_window: int, like:
     return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, -math.inf)[:, None]
 
 
-def sequence_bounds(starts: Tensor, most: int) -> Tensor:
-    """Where the documents of a flattened batch begin and end, int32 (most + 1,): 0, ..., B * T, B * T, B * T.
-
-    starts: (B, T). A fixed shape keeps the step static and free of host syncs; the surplus are sequences of length 0.
-    More than `most` documents stop the program.
-    """
-    begins = starts.flatten()
-    number = begins.cumsum(0) - 1
-    torch._assert_async(number[-1] < most, "more documents in a micro-batch than model.encoder.max_documents allows")
-    total = begins.numel()
-    index = torch.arange(total, device=starts.device, dtype=torch.int32)
-    bounds = torch.full((most + 1,), total, device=starts.device, dtype=torch.int32)
-    # what begins no document writes `total` to the last place, which holds it already
-    return bounds.scatter_(0, torch.where(begins, number, most), torch.where(begins, index, total))
-
-
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention on any device. q, k, v: (B, T, H, D) -> (B, T, H * D)."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
     return out.transpose(1, 2).flatten(2)
-
-
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, half_window: int) -> Tensor:
-    """Attention that computes nothing across documents; CUDA, fp16 or bf16. q, k, v: (B, T, H, D) -> (B, T, H * D).
-
-    Only what torch's varlen_attn has had from 2.11 on: window_size took the place of is_causal there.
-    """
-    length = q.shape[1]
-    window = (half_window, half_window) if half_window < length - 1 else (-1, -1)
-    flat = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
-    return varlen_attn(*flat, bounds, bounds, length, length, window_size=window).view(*q.shape[:2], -1)
-
-
-def use_flash_attention_3(device: torch.device) -> bool:
-    """Have attention on the GPU done by FlashAttention-3 (Shah et al., arXiv 2407.08608) from here on, where it can be.
-
-    That is on Hopper (compute capability 9), where its package, flash_attn_interface, is installed; elsewhere torch's
-    own kernels, FlashAttention-2, stay. Returns whether it does it.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    if importlib.util.find_spec("flash_attn_interface") is None:
-        return False
-    try:
-        torch.nn.attention.activate_flash_attention_impl("FA3")
-    except Exception as error:  # whatever a package that was built for another torch or CUDA raises when it's loaded
-        logger.warning("FlashAttention-3 is installed and can't be used (%s): torch's own kernels stay", error)
-        return False
-    return True
 
 
 class Context(NamedTuple):
@@ -293,19 +243,20 @@ class Trunk(nn.Module):
     def contexts(self, x: Tensor, segments: Tensor | None) -> dict[bool, Context]:
         """The contexts of global (True) and of window layers (False), where there are such, for x (B, T, d)."""
         config, (rows, length) = self.config, x.shape[:2]
-        varlen = x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
+        varlen = gpu_attention.usable(x, config.head_width)
         if segments is None:
             positions = torch.arange(length, device=x.device)[None]  # (1, T)
             bounds = torch.arange(0, (rows + 1) * length, length, device=x.device, dtype=torch.int32)
         else:
             starts = document_starts(segments)
             positions = positions_in_document(starts)  # (B, T)
-            bounds = sequence_bounds(starts, rows * min(config.max_documents, length)) if varlen else None
+            most = gpu_attention.most_documents(starts, config.max_documents)
+            bounds = gpu_attention.sequence_bounds(starts, most) if varlen else None
         contexts = {}
         for is_global in {config.is_global(i) for i in range(config.layers)}:
             half_window = length if is_global else config.window // 2
             if varlen:
-                attend = partial(attend_varlen, bounds=bounds, half_window=half_window)
+                attend = partial(gpu_attention.attend, bounds=bounds, half_window=half_window)
             else:
                 mask = attention_mask(segments, length, half_window, like=x)
                 attend = partial(attend_masked, mask=mask)
@@ -377,6 +328,12 @@ class Encoder(nn.Module):
         The last layer then does only what these need.
         """
         return self.model(ids, segments, wanted)
+
+    def problem_with(self, segments: Tensor) -> str | None:
+        """Why a micro-batch with these segments (B, T), on the host, can't be run where the model is; None: it can."""
+        if not gpu_attention.usable(self.decoder.weight, self.config.head_width):
+            return None
+        return gpu_attention.too_many(document_starts(segments), self.config.max_documents)
 
     def get_output_embeddings(self) -> Decoder:
         """What makes the logits, by the name that transformers' models have for it."""

@@ -32,6 +32,7 @@ from mlm_dist.muon import Muon
 from mlm_dist.optim import OptimConfig
 from mlm_dist.pace import PARTS, Stopwatch
 from mlm_dist.redaction import redact
+from mlm_dist.schema import ConfigError
 from mlm_dist.stream import Batch
 from mlm_dist.world import World
 
@@ -62,9 +63,9 @@ class StepSums:
 
     def unless(self, skipped: torch.Tensor | bool) -> "StepSums":
         """Zeros where the step was skipped: what wasn't learned from doesn't count, and may not be finite."""
-        device = self.loss.device
-        gone = torch.as_tensor(skipped, device=device)
-        return StepSums(*(torch.where(gone, 0, getattr(self, f.name)) for f in fields(self)))
+        if not isinstance(skipped, torch.Tensor):  # as a fill: a copy would wait for the device
+            skipped = torch.full((), skipped, device=self.loss.device)
+        return StepSums(*(torch.where(skipped, 0, getattr(self, f.name)) for f in fields(self)))
 
 
 class Skips(NamedTuple):
@@ -190,8 +191,21 @@ class Engine:
         self.skips = self.skips.after(skipped, counts=not backs_off)
         return total.unless(skipped)
 
+    def problem_with(self, batches: Sequence[Batch]) -> str | None:
+        """Why the model can't take one of these micro-batches, where it can tell on the host; None: it can."""
+        transformer = self.deepspeed.module.transformer
+        if not hasattr(transformer, "problem_with"):
+            return None
+        return next(filter(None, (transformer.problem_with(batch.segments) for batch in batches)), None)
+
     def eval_step(self, batch: Batch, rate: float, seed: int) -> dict[str, torch.Tensor]:
-        """What the model makes of one held-out batch of this rank, as `held_out_pass` has it. All ranks call it."""
+        """What the model makes of one held-out batch of this rank, as `held_out_pass` has it. All ranks call it.
+
+        Raises ConfigError for a batch that it can't take.
+        """
+        problem = self.problem_with([batch])
+        if problem:
+            raise ConfigError(problem)
         self.deepspeed.eval()
         return held_out_pass(self.deepspeed, batch, rate, seed, self.world.device)
 

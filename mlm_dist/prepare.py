@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlm_dist import assembly, checkpoint, encoder, mixture, models, schema, start, stream, world
+from mlm_dist import assembly, checkpoint, gpu_attention, mixture, models, schema, start, stream, world
 from mlm_dist.checkpoint import State
 from mlm_dist.config import RunConfig
 from mlm_dist.cursor import Progress
@@ -67,7 +67,7 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
     transformer = assembly.build_model(cfg, tokenizer, is_trained=saved is not None)
     flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
     model = assembly.objective(cfg, transformer, tokenizer)
-    if encoder.use_flash_attention_3(here.device):
+    if gpu_attention.use_flash_attention_3(here.device):
         tracker.say("attention by FlashAttention-3")
     resharded = saved is not None and checkpoint.needs_resharding(saved, here)
     engine = Engine(model, cfg.engine, cfg.optim, cfg.batch, cfg.masking, cfg.run.seed, here, cfg.deepspeed, resharded)

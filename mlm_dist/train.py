@@ -160,12 +160,13 @@ def loop(run: Run, stop: StopFlag) -> int:
 
 
 def take(run: Run) -> tuple[list[Batch], str | None]:
-    """This rank's micro-batches of the next step, and what was wrong with a shard, if anything was."""
+    """This rank's micro-batches of the next step, and what is wrong with a shard or with them, if anything is."""
     batch, ranks = run.config.batch, run.world.size
     rows = batch_size.rows_at(batch, run.state.step)
     try:
         micro_rows, count = batch_size.micro_rows(batch, ranks, rows), batch_size.accumulation(batch, ranks, rows)
-        return [run.batches.draw(micro_rows) for _ in range(count)], None
+        micro_batches = [run.batches.draw(micro_rows) for _ in range(count)]
+        return micro_batches, run.engine.problem_with(micro_batches)
     except ShardError as error:
         return [], str(error)
 

@@ -1,6 +1,5 @@
 import copy
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from launching import run
 from torch import Tensor
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-from mlm_dist import cpu_layer, encoder
+from mlm_dist import cpu_layer, encoder, gpu_attention
 from mlm_dist.encoder import Encoder, EncoderConfig
 from mlm_dist.schema import ConfigError
 
@@ -249,41 +248,10 @@ def test_bounds_and_positions_name_every_document(rows: list[list[int]]) -> None
     starts = encoder.document_starts(segments)
     assert torch.equal(encoder.positions_in_document(starts), positions)
     most = len(expected) + 2
-    bounds = encoder.sequence_bounds(starts, most)
+    bounds = gpu_attention.sequence_bounds(starts, most)
     assert bounds.dtype == torch.int32
     assert bounds.tolist() == expected + [segments.numel()] * (most + 1 - len(expected))
-    assert encoder.sequence_bounds(starts, len(expected) - 1).tolist() == expected
-
-
-def test_more_documents_than_the_static_bound_stop_the_program() -> None:
-    starts = torch.ones(2, 4, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match="max_documents"):
-        encoder.sequence_bounds(starts, 7)
-
-
-@pytest.mark.parametrize("half_window", [3, 100])
-def test_variable_length_attention_reads_the_bounds_as_the_mask_does(monkeypatch, half_window: int) -> None:
-    """The kernel needs CUDA; a plain loop over the sequences stands for it."""
-
-    def loop(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, window_size):
-        outs = [q[:0]]
-        for begin, end in zip(bounds_q[:-1].tolist(), bounds_q[1:].tolist(), strict=True):
-            assert end - begin <= longest_q
-            near = window_size == (-1, -1) or (
-                (torch.arange(end - begin)[:, None] - torch.arange(end - begin)).abs() <= window_size[0]
-            )
-            mask = torch.ones(end - begin, end - begin, dtype=torch.bool) & near
-            q1, k1, v1 = (x[begin:end].transpose(0, 1) for x in (q, k, v))
-            outs.append(F.scaled_dot_product_attention(q1, k1, v1, mask).transpose(0, 1))
-        return torch.cat(outs)
-
-    monkeypatch.setattr(encoder, "varlen_attn", loop)
-    q, k, v = torch.randn(3, 2, 20, 4, 8).unbind(0)
-    segments = torch.tensor([[1] * 7 + [2] * 9 + [0] * 4, [1] * 20], dtype=torch.int16)
-    bounds = encoder.sequence_bounds(encoder.document_starts(segments), 10)
-    mask = encoder.attention_mask(segments, 20, half_window, like=q)
-    got = encoder.attend_varlen(q, k, v, bounds, half_window)
-    torch.testing.assert_close(got, encoder.attend_masked(q, k, v, mask))
+    assert gpu_attention.sequence_bounds(starts, len(expected) - 1).tolist() == expected
 
 
 @pytest.mark.gpu
@@ -298,22 +266,6 @@ def test_variable_length_attention_on_the_gpu_equals_masked_attention(window: in
     got = model.bfloat16()(ids, segments=segments).float()
     real = segments.bool()
     torch.testing.assert_close(got[real], expected[real], atol=0.1, rtol=0.05)
-
-
-def test_flash_attention_3_is_left_alone_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not encoder.use_flash_attention_3(torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert not encoder.use_flash_attention_3(torch.device("cuda"))  # its package isn't installed
-
-
-def test_flash_attention_3_that_does_not_load_is_said_and_left_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert not encoder.use_flash_attention_3(torch.device("cuda"))
-    assert "undefined symbol" in caplog.text
 
 
 # ---- compiling, and refusals

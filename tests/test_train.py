@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import train_here
 from conftest import toy_documents, write_toy_split
 from launching import ROOT, TINY, environment, metrics, overridden, pretrain, run, start_pretrain, wait_for
 from ranks import on_ranks
 
 from mlm_dist import checkpoint, config, lanes, train, vocab, world
-from mlm_dist.manifest import load_manifest
+from mlm_dist.encoder import Encoder
+from mlm_dist.manifest import ShardError, load_manifest
 from mlm_dist.world import StopFlag
 
 pytestmark = pytest.mark.slow
@@ -246,6 +248,26 @@ def test_a_damaged_shard_ends_both_ranks_and_loses_no_step(toy: Path, tmp_path: 
     assert (status["status"], status["exit_code"]) == ("failed", 2)
     if status["step"]:
         assert checkpoint.find(tmp_path / "run").name == checkpoint.step_name(status["step"])
+
+
+def train_until_refused(toy: Path, folder: Path) -> str:
+    """What a run says that meets, on rank 1 at its fourth step, a micro-batch that its model can't take."""
+    asked = []
+
+    def problem_with(self: Encoder, segments: torch.Tensor) -> str | None:
+        asked.append(segments)
+        return "too many documents" if os.environ["RANK"] == "1" and len(asked) > 6 else None
+
+    Encoder.problem_with = problem_with  # of this process
+    with world.join(120) as here, StopFlag() as stop:
+        with pytest.raises(ShardError) as refused:
+            train_here(here, stop, toy, folder, "run.steps=10")
+        return str(refused.value)
+
+
+def test_a_micro_batch_that_the_model_cannot_take_ends_both_ranks_and_loses_no_step(toy: Path, tmp_path: Path) -> None:
+    assert on_ranks(2, train_until_refused, toy, tmp_path) == ["too many documents"] * 2
+    assert checkpoint.find(tmp_path).name == "step_00000003"
 
 
 def damage(split: Path, *numbers: int) -> None:
