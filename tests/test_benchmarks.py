@@ -225,11 +225,14 @@ def test_the_gpu_benchmark_reads_a_run_on_the_shards_that_it_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = gpu.make_shards(tmp_path / "shards", vocab_size=300, count=2, tokens=20_000)
-    tiny = [*TINY, "data.lanes=2", "engine.precision=fp32"]
-    args = gpu.parse(["--steps", "8", "--config", "configs/base-150m.yaml", *tiny, "log.every_steps=2"])
+    tiny = [*(key for key in TINY if not key.startswith("log.every_steps")), "data.lanes=2", "engine.precision=fp32"]
+    args = gpu.parse(["--steps", "8", "--config", "configs/base-150m.yaml", *tiny])
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     reports = gpu.train(args, folder, tmp_path / "run")
     assert [report["step"] for report in reports] == [2, 4, 6, 8]
     said = gpu.figures(reports, cards=2)
     assert said["tokens_per_second"] > 0 and 0 < said["mfu"] and 0.9 < said["packing"] <= 1
     assert said["steps_measured"] == 6 and abs(said["tokens_per_second_per_card"] * 2 - said["tokens_per_second"]) <= 1
+    args.overrides.append(f"run.dir={tmp_path / 'other'}")
+    with pytest.raises(gpu.Failed, match=r"run\.dir is already set"):
+        gpu.train(args, folder, tmp_path / "run")
