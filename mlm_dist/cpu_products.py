@@ -2,6 +2,7 @@
 
 torch.mm is MKL's, which uses AVX-512 on Intel's processors alone: on those of AMD that have it oneDNN takes less than
 half the time. The choice depends on the processor and on nothing measured, so that a run can be repeated bit for bit.
+A compiler can take none of these calls: what is compiled doesn't come here.
 """
 
 import torch
@@ -36,7 +37,7 @@ def product_plus(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """gradient' x (m, k), for gradient (n, m) and x (n, k), both contiguous."""
-    if BY_ONEDNN and not torch.compiler.is_compiling():  # which can't follow oneDNN's own tensors
+    if BY_ONEDNN:
         like = x.new_empty(gradient.shape[1], x.shape[1])
         return torch.ops.aten.mkldnn_linear_backward_weights(gradient.to_mkldnn(), x.to_mkldnn(), like, False)[0]
     return torch.mm(gradient.T, x)

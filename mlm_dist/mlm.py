@@ -180,12 +180,13 @@ class MLM(nn.Module):
         }
 
     def head_takes_labels(self, seq: Tensor) -> bool:
-        """Whether the head makes the loss itself: where there is something to train on, in fp32 on a CPU."""
+        """Whether the head makes the loss itself: in training, in fp32 on a CPU, and nobody traces it."""
         if not (has_split_head(self.transformer) and getattr(self.transformer.head, "takes_labels", False)):
             return False
         weight = next(self.transformer.parameters())
         in_fp32 = weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return weight.device.type == "cpu" and in_fp32 and torch.is_grad_enabled() and seq.numel() > 0
+        in_training = torch.is_grad_enabled() and seq.numel() > 0 and not torch.compiler.is_compiling()
+        return weight.device.type == "cpu" and in_fp32 and in_training
 
     def losses(self, masked: Masked, labels: Tensor, reduction: str, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The transformer's logits (B * K, V) in the slots for targets, in fp32 at least, and their cross entropy."""
