@@ -186,6 +186,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def by_hand(self, x: Tensor, context: Context, wanted: Tensor | None) -> Tensor:
+        """The same from the parts' weights: the parts themselves aren't called, and hooks on them don't run."""
         gain = None if isinstance(self.attn_norm, nn.Identity) else self.attn_norm.weight
         eps, attn, mlp = self.mlp_norm.eps, self.attn, self.mlp
         attended = cpu_layer.Attend.apply(x, wanted, gain, attn.Wqkv.weight, context.place, attn.heads, eps)
