@@ -266,18 +266,23 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All weights in fp32 on the host, whatever the stage and the number of ranks that saved them. Needs no GPU."""
     folder = checkpoint / TAG
     with refusing_foreign_objects(checkpoint):
-        stage, whole = json.loads((checkpoint / "manifest.json").read_text())["zero_stage"], {}
-        if stage < 3:  # all of them as they are computed with: those that aren't trained have no others
-            saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
-            whole = in_fp32(saved["module"])
-        if stage == 0:
-            return whole
-        shards = sorted(folder.glob("bf16_zero_pp_rank_*_optim_states.pt"), key=rank_of)
-        if shards and not has_zero_stage(shards[0]):
-            return whole | weights_in_slices(saved, shards)
-        # it reports its progress to both
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return whole | dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG))
+        stage = json.loads((checkpoint / "manifest.json").read_text())["zero_stage"]
+        if stage == 3:
+            return masters(checkpoint)
+        saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", mmap=True, weights_only=True)
+        weights = {} if stage == 0 else masters(checkpoint, saved)
+        # those that aren't trained, and all at stage 0, are nowhere else
+        return weights | in_fp32({name: value for name, value in saved["module"].items() if name not in weights})
+
+
+def masters(checkpoint: Path, saved: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """The weights in fp32 that the ranks' optimizers hold a share of each; saved: as `weights_in_slices` has it."""
+    shards = sorted((checkpoint / TAG).glob("bf16_zero_pp_rank_*_optim_states.pt"), key=rank_of)
+    if saved is not None and shards and not has_zero_stage(shards[0]):
+        return weights_in_slices(saved, shards)
+    # it reports its progress to both
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG))
 
 
 def in_fp32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
