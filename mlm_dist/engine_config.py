@@ -88,8 +88,11 @@ def deepspeed_json(
 
     Its batch is the full one; while the batch grows, `Engine.train_step` tells which micro-batch is a step's last.
     """
-    zero: dict[str, Any] = {"stage": config.zero_stage}
-    zero |= {"reduce_bucket_size": BUCKET_NUMBERS, "allgather_bucket_size": BUCKET_NUMBERS}
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": BUCKET_NUMBERS,
+        "allgather_bucket_size": BUCKET_NUMBERS,
+    }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     made = {
