@@ -57,6 +57,12 @@ def build_shards(args: argparse.Namespace, out: Path) -> None:
     run([sys.executable, "shards/build.py", *options], {})
 
 
+def unless_given(usual: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Overrides key=value: the usual ones, but for the keys that are given, and those given."""
+    keys = {each.partition("=")[0] for each in given}
+    return [*(each for each in usual if each.partition("=")[0] not in keys), *given]
+
+
 def machine() -> dict[str, Any]:
     """What a line of results says about where it was taken."""
     load = round(os.getloadavg()[0], 2)

@@ -23,7 +23,7 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -273,6 +273,7 @@ def main() -> None:
     sides = split(read_examples(args.source, args.pretrained_on))
     sizes = {"train": args.train, "valid": args.test // 2, "test": args.test}
 
+    @cache
     def data(side: str, seed: int) -> Encoded:
         return encode(draw(sides[side], sizes[side], seed), tokenizer, args.tokens)
 

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, models
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import Failed, run  # noqa: E402
+from benchmarks.common import Failed, run, unless_given  # noqa: E402
 from benchmarks.loader_data import LOG_DEVIATION, LOG_MEAN, RECORD_TOKENS  # noqa: E402
 from mlm_dist import shards, vocab  # noqa: E402
 from mlm_dist.shards import Record  # noqa: E402
@@ -73,14 +73,20 @@ def make_shards(folder: Path, vocab_size: int = VOCAB_SIZE, count: int = SHARDS,
 
 def train(args: argparse.Namespace, shards: Path, folder: Path) -> list[dict[str, Any]]:
     """The reports of a short run. Raises Failed."""
-    given = [
+    usual = [
         "run.tokens=null", f"data.shards={shards}", "log.wandb=off", f"checkpoint.every_steps={NEVER}",
         f"evaluate.every_steps={NEVER}", "evaluate.max_rows=64", "schedule.name=constant", "schedule.warmup_steps=0",
     ]  # fmt: skip
-    overrides = {key.partition("=")[0]: key for key in (*given, *args.overrides)}.values()
     # what the figures rest on: given a second time, they are refused
     own = [f"run.dir={folder}", f"run.steps={args.steps}", f"log.every_steps={args.steps // REPORTS}"]
-    command = ["launch/local.sh", "launch/pretrain.py", "--config", args.config, *overrides, *own]
+    command = [
+        "launch/local.sh",
+        "launch/pretrain.py",
+        "--config",
+        args.config,
+        *unless_given(usual, args.overrides),
+        *own,
+    ]
     run(command, {"PYTHON": sys.executable})
     return [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # here too, where the peer's weights are evaluated
 
-from benchmarks.common import ON_CPU, Failed, add_shape, machine, run, shape_of  # noqa: E402
+from benchmarks.common import ON_CPU, Failed, add_shape, machine, run, shape_of, unless_given  # noqa: E402
 from benchmarks.loader_data import dump_documents  # noqa: E402
 from mlm_dist import assembly, config, mixture, models, stream, vocab, world  # noqa: E402
 from mlm_dist.encoder import padded  # noqa: E402
@@ -86,7 +86,6 @@ class Work:
     def overrides(self, seed: int, folder: Path) -> list[str]:
         """The run of mlm_dist."""
         args = self.args
-        given = {each.partition("=")[0] for each in args.set}
         usual = [
             f"run.dir={folder}", f"run.steps={args.own_steps}", f"run.seed={seed}",
             f"data.shards={self.shards.resolve()}", "data.workers=0", f"batch.seq_len={args.row_tokens}",
@@ -98,7 +97,7 @@ class Work:
             f"evaluate.max_rows={args.rows_held_out}", "evaluate.predictions=0",
             f"checkpoint.every_steps={args.own_steps}",
         ]  # fmt: skip
-        return [each for each in usual if each.partition("=")[0] not in given] + args.set
+        return unless_given(usual, args.set)
 
     def task(self, seed: int, lr: float, scratch: Path) -> dict[str, Any]:
         """What the peer's script is told."""
