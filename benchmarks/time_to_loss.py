@@ -40,7 +40,8 @@ from mlm_dist.manifest import load_manifest  # noqa: E402
 
 OURS, PEER = "mlm_dist", "ModernBERT, AdamW, Trainer"
 RECIPE = (
-    "optim.name=muon", "optim.lr=8e-3", "optim.muon.lr_factor=2", "schedule.name=linear", "engine.zero_stage=1",
+    "optim.name=muon", "optim.lr=8e-3", "optim.muon.lr_factor=2", "optim.beta2=0.98", "optim.eps=1e-6",
+    "schedule.name=linear", "engine.zero_stage=1",
 )  # fmt: skip
 BUDGET = ("steps", "ranks", "rows", "row_tokens", "layers", "width", "rows_held_out")
 POINT = ("step", "tokens", "seconds", "loss")

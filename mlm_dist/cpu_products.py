@@ -36,8 +36,10 @@ def product_plus(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """gradient' x (m, k), for gradient (n, m) and x (n, k), both contiguous."""
-    if BY_ONEDNN:
-        like = x.new_empty(gradient.shape[1], x.shape[1])
-        return torch.ops.aten.mkldnn_linear_backward_weights(gradient.to_mkldnn(), x.to_mkldnn(), like, False)[0]
+    """gradient' x (m, k), maybe transposed in memory, for gradient (n, m) and x (n, k), both contiguous."""
+    if BY_ONEDNN and len(x) > 0:  # it has no sums of nothing
+        # the first factor is copied: the smaller one. torch's mkldnn_linear_backward_weights copies both.
+        if x.shape[1] <= gradient.shape[1]:
+            return product(x.T, gradient.T).T
+        return product(gradient.T, x.T)
     return torch.mm(gradient.T, x)

@@ -31,7 +31,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ignored: int
     ) -> tuple[Tensor, Tensor]:
-        gradients = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+        to_x, to_weight, to_bias = torch.empty_like(x), None, torch.zeros_like(bias)
         loss, correct = x.new_zeros(()), labels.new_zeros(())
         together = max(1, LOGITS_TOGETHER // len(weight))
         for first in range(0, len(x), together):
@@ -47,10 +47,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             # what follows is the gradient of the loss by the logits: softmax, less 1 at the label
             counts = counts[:, None].to(x.dtype)
             logits.mul_(counts / total).scatter_add_(1, target, -counts)
-            gradients[0][rows] = product(logits, weight.T)
-            gradients[1].add_(weight_gradient(logits, x[rows]))
-            gradients[2].add_(logits.sum(dim=0))
-        ctx.save_for_backward(*gradients)
+            to_x[rows] = product(logits, weight.T)
+            of_rows = weight_gradient(logits, x[rows])
+            to_weight = of_rows if to_weight is None else to_weight.add_(of_rows)
+            to_bias.add_(logits.sum(dim=0))
+        ctx.save_for_backward(to_x, torch.zeros_like(weight) if to_weight is None else to_weight, to_bias)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 

@@ -21,8 +21,8 @@ class OptimConfig:
     )
     lr: float = setting(1e-3, above=0, help="peak learning rate")
     beta1: float = setting(0.9, low=0, below=1, help="decay of the gradient's running mean")
-    beta2: float = setting(0.98, low=0, below=1, help="decay of the squared gradient's running mean")
-    eps: float = setting(1e-6, above=0, help="added to the denominator")
+    beta2: float = setting(0.999, low=0, below=1, help="decay of the squared gradient's running mean")
+    eps: float = setting(1e-8, above=0, help="added to the denominator")
     weight_decay: float = setting(0.01, low=0, help="decoupled weight decay, on matrices alone")
     muon: MuonConfig = field(default_factory=MuonConfig)
 

@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import ROOT
+from launching import ROOT, plain
 
 from mlm_dist import card, config, export, models, vocab
 from mlm_dist.checkpoint import State
@@ -19,7 +19,7 @@ def tokenizer() -> Vocab:
 
 
 def configured(*overrides: str) -> RunConfig:
-    return config.load(ROOT / "configs/quickstart.yaml", overrides)
+    return config.load(ROOT / "configs/quickstart.yaml", plain(*overrides))
 
 
 def state(**more) -> State:
@@ -52,7 +52,7 @@ def test_the_facts_are_those_of_the_run(run: Path) -> None:
     assert facts["steps"] == "600 of 1,300, of which 2 were skipped"
     assert facts["tokens"] == "75,000, padding not counted: some 1.5 times the data"
     assert "0.3, falling to 0.15, of the tokens (policy `token`)" in facts["objective"]
-    assert facts["optimizer"].startswith("adamw: learning rate 0.003, betas 0.9 and 0.98,")
+    assert facts["optimizer"].startswith("adamw: learning rate 0.003, betas 0.9 and 0.999,")
     assert facts["schedule"].startswith("50 steps of linear warm-up, constant, then falling as 1 - sqrt")
     assert (facts["precision"], facts["ranks"]) == ("bf16", "8, ZeRO stage 2")
     assert facts["time"] == "2 hours of training steps"

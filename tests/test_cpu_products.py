@@ -19,10 +19,20 @@ def test_products_are_those_of_float64(rows: int) -> None:
         (product(x, weight, bias), expected + bias),
         (product(x.T.contiguous().T, weight.T.contiguous().T), expected),
         (product_plus(x, weight, other), expected + other),
-        (weight_gradient(other, x), other.double().T @ x.double()),
     ):
         assert found.dtype == torch.float32 and found.is_contiguous()
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 64])
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 24), (24, 40), (24, 24)])
+def test_gradients_of_weights_are_those_of_float64_whichever_side_is_longer(
+    rows: int, outputs: int, inputs: int
+) -> None:
+    gradient, x = torch.randn(rows, outputs), torch.randn(rows, inputs)
+    found = weight_gradient(gradient, x)
+    assert found.dtype == torch.float32 and (found.is_contiguous() or found.T.is_contiguous())
+    torch.testing.assert_close(found.double(), gradient.double().T @ x.double(), rtol=0, atol=1e-5)
 
 
 def test_other_tensors_stay_what_they_were() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from comparing import check_the_same, interrupted, train_here
-from launching import ROOT, metrics, pretrain
+from launching import ROOT, metrics, plain, pretrain
 from ranks import on_ranks
 
 from mlm_dist import assembly, checkpoint, config, schema, start, vocab, world
@@ -41,7 +41,7 @@ def the_state(folder: Path) -> State:
 
 
 def facts_of(*overrides: str, **more: Any) -> dict[str, Any]:
-    cfg = config.load(ROOT / "configs/quickstart.yaml", overrides)
+    cfg = config.load(ROOT / "configs/quickstart.yaml", plain(*overrides))
     return {
         "config": schema.to_mapping(cfg),
         "manifest": "m",
@@ -60,7 +60,7 @@ def branch(folder: Path, *overrides: str, saved: dict[str, Any] | None = None, *
     stood = State(400, 9000, 1, cursor, 600, 70.0, 2.5, {"step": 300, "loss": 2.4}, saved or facts_of("run.steps=600"))
     (run / "state.json").write_text(json.dumps(asdict(stood)))
     given = ("run.dir=cooled", f"run.from={folder / 'stable'}", *overrides)
-    return start.branched(config.load(ROOT / "configs/quickstart.yaml", given), run, facts_of(*given, **more))
+    return start.branched(config.load(ROOT / "configs/quickstart.yaml", plain(*given)), run, facts_of(*given, **more))
 
 
 def test_with_the_same_rows_and_batches_a_run_goes_on(tmp_path: Path) -> None:
