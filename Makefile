@@ -14,7 +14,7 @@ EXCLUDED := site-packages dist-packages test tests '*.html'
 
 # what training is measured on: BENCH_TEXT=prose.jsonl.gz, or anything else that shards/build.py reads
 BENCH_TEXT ?= $(TEXT)
-BENCH_OPTIONS ?= --rounds 1 --steps 12
+BENCH_OPTIONS ?= --rounds 1 --steps 8
 BENCH := build/bench
 
 export PYTHON

@@ -64,7 +64,7 @@ def launch(args: argparse.Namespace, folder: Path, run: Path, background: bool) 
         "batch.seq_len=64", "batch.global_rows=4", "batch.micro_rows=2", "data.workers=0",
         f"model.encoder.layers={args.layers}", f"model.encoder.width={args.width}",
         f"model.encoder.mlp_width={args.width * 3 // 2}", f"engine.zero_stage={args.zero_stage}",
-        "schedule.warmup_steps=2", "log.every_steps=1", "log.wandb=off", "checkpoint.keep_last=1",
+        "optim.name=adamw", "schedule.warmup_steps=2", "log.every_steps=1", "log.wandb=off", "checkpoint.keep_last=1",
         f"checkpoint.every_steps={args.every_steps}", f"checkpoint.background={str(background).lower()}",
     ]  # fmt: skip
     settings = {"DS_ACCELERATOR": "cpu", "CPU_RANKS": str(RANKS), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}

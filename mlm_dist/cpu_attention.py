@@ -50,21 +50,25 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> tuple[Tensor, list
 
 
 def backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, sight: Sight, kept: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, shaped as these, from that of the output, (B, H, Q, D), contiguous."""
-    to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, sight: Sight, kept: Sequence[Tensor], to_v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q and k, shaped as these, from that of the output, (B, H, Q, D), contiguous.
+
+    to_v: where the gradient of v goes, shaped as v
+    """
+    to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), to_v.zero_()
     known = iter(kept)
+    put = Tensor.copy_ if q.shape[2] <= QUERIES_TOGETHER else Tensor.add_  # a key may be seen from several spans
     for span, of_q, of_k, of_v, coming, into_q, into_k, into_v in each(sight, q, k, v, gradient, to_q, to_k, to_v):
         queries, keys = span.queries, span.keys
         probabilities = next(known) if kept else attended(of_q[queries], of_k[keys], span.mask)
         of_out = coming[queries]
-        into_v[keys] += product(of_out.T, probabilities.T).T
+        put(into_v[keys], product(of_out.T, probabilities.T).T)
         to_scores = product(of_out, of_v[keys])
         to_scores = aten._softmax_backward_data(to_scores, probabilities, -1, torch.float32)
         into_q[queries] = product(to_scores, of_k[keys].T)
-        into_k[keys] += product(of_q[queries].T, to_scores.T).T
-    return to_q, to_k, to_v
+        put(into_k[keys], product(of_q[queries].T, to_scores.T).T)
+    return to_q, to_k
 
 
 def attended(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:

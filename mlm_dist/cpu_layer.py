@@ -102,13 +102,12 @@ class Attend(torch.autograd.Function):
         x, gain, paired, normal, mean, rstd, asking, index, q, k, v, *kept = ctx.saved_tensors
         (rows, heads, length, _), width = k.shape, paired.shape[1]
         coming = by_head(gradient, heads)[0].contiguous()
-        to_q, to_k, to_v = cpu_attention.backward(coming, q, k, v, ctx.sight, kept)
         back = [turns.conj().resolve_conj() for turns in ctx.turns]
         for_q, for_kv = torch.empty_like(asking), x.new_empty(len(x), 2 * width)
         into_k, into_v = by_head(for_kv.view(rows, length, 2 * width), heads, 2)
+        to_q, to_k = cpu_attention.backward(coming, q, k, v, ctx.sight, kept, into_v)
         rotate(to_q, back[0], out=by_head(for_q.view(gradient.shape), heads)[0])
         rotate(to_k, back[1], out=into_k)
-        into_v.copy_(to_v)
         to_paired = torch.cat((weight_gradient(for_q, asking), weight_gradient(for_kv, normal)))
         to_x, to_gain = product(for_kv, paired[width:].T), None
         if index is None:
@@ -137,16 +136,17 @@ class Feed(torch.autograd.Function):
         wide = product(normal, widen)
         value, gate = wide.chunk(2, dim=1)
         active = F.gelu(value)
-        ctx.save_for_backward(attended, project, gain, widen, narrow, middle, normal, mean, rstd, wide, active)
-        return product_plus(active * gate, narrow, middle).view(shape)
+        gated = active * gate
+        ctx.save_for_backward(attended, project, gain, widen, narrow, middle, normal, mean, rstd, wide, active, gated)
+        return product_plus(gated, narrow, middle).view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        attended, project, gain, widen, narrow, middle, normal, mean, rstd, wide, active = ctx.saved_tensors
+        attended, project, gain, widen, narrow, middle, normal, mean, rstd, wide, active, gated = ctx.saved_tensors
         shape, gradient = gradient.shape, gradient.flatten(0, 1).contiguous()
         value, gate = wide.chunk(2, dim=1)
-        to_narrow = weight_gradient(gradient, active * gate)
+        to_narrow = weight_gradient(gradient, gated)
         to_gated, to_wide = product(gradient, narrow.T), torch.empty_like(wide)
         to_value, to_gate = to_wide.chunk(2, dim=1)
         torch.mul(to_gated, active, out=to_gate)
