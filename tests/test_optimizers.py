@@ -40,7 +40,7 @@ MATRICES["transformer.head.dense.weight"] = 1
 
 
 def options(name: str) -> OptimConfig:
-    return OptimConfig(name=name, lr=LR, weight_decay=0.1, beta2=0.95)
+    return OptimConfig(name=name, lr=LR, weight_decay=0.1, beta2=0.95, eps=1e-6)
 
 
 def build(tokenizer: vocab.Vocab) -> MLM:
