@@ -74,3 +74,12 @@ class Text(HTMLParser):
 
     def unknown_decl(self, data: str) -> None:
         """Nothing: <![CDATA[ ... ]]> is no text."""
+
+    def parse_marked_section(self, i: int, report: int = 1) -> int:
+        """<![CDATA[ to its end; any other <![ is a comment to the next >, as in a browser.
+
+        HTMLParser's own raises AssertionError where no word, or one that it doesn't know, follows (CPython 3.11).
+        """
+        if self.rawdata[i : i + 9].lower() == "<![cdata[":
+            return super().parse_marked_section(i, report)
+        return self.parse_bogus_comment(i, report)

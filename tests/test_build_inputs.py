@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlm_dist import vocab
@@ -57,6 +57,8 @@ def table(said: list[str | None], kind: pa.DataType | None = None) -> pa.Table:
         ("<pre>def f():\n    return 1\n\n  x</pre>after", "def f():\n    return 1\n\n  x\nafter"),
         ("<!DOCTYPE html><!-- no --><p>yes</p><?php no ?>", "yes"),
         ("a</b></p></div>b", "a\nb"),
+        ("a<![;>b<![endif]>c<![CDATA[x > y]]>d", "abcd"),
+        ("a<![if word]>b", "ab"),
         ("<p title='a > b'>x</p>", "x"),
         ("<script>never ends", ""),
         ("", ""),
@@ -66,6 +68,8 @@ def test_the_text_of_a_page(html: str, text: str) -> None:
     assert html_text(html) == text
 
 
+@example("<![;")
+@example("<![word[")
 @given(st.text(alphabet="<>/!-&;#x \nabpre\"'=?[]", max_size=80))
 def test_no_page_is_too_broken(html: str) -> None:
     html_text(html)
