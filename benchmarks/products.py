@@ -1,8 +1,12 @@
-"""The matrix-product peak of the machine at the encoder's own shapes: what no training of it can pass."""
+"""The limit: how fast the machine's matrix products alone would do what an encoder's training needs of them.
+
+Needed is what the loss and its gradients depend on: in the last layer queries, output and MLP of the targets alone, in
+window layers the keys of the window, in the head the targets. A window's 129 keys are multiplied as if they were the
+same for all queries, which no kernel can use: it makes the limit stricter.
+"""
 
 import math
 import multiprocessing
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.synchronize import Barrier
@@ -11,46 +15,53 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlm_dist.cpu_products import product, weight_gradient
+from mlm_dist.cpu_products import use_faster_library
 from mlm_dist.encoder import EncoderConfig, padded
 
 
 class Product(NamedTuple):
-    """A linear layer: (rows, inputs) -> (rows, outputs), so many of them in the model."""
+    """A product of matrices (batch, rows, inner) and (batch, inner, columns), and the two of its backward pass.
 
+    The second matrix is a weight, which lies in memory as (columns, inner), unless it is `as_is`.
+    """
+
+    batch: int
     rows: int
-    inputs: int
-    outputs: int
-    count: int
+    inner: int
+    columns: int
+    count: int = 1  # how often it is needed
+    as_is: bool = False
 
     @property
     def flops(self) -> int:
-        """Of the forward product and the two of the backward pass, of all layers."""
-        return 3 * 2 * self.rows * self.inputs * self.outputs * self.count
+        return 3 * 2 * self.batch * self.rows * self.inner * self.columns * self.count
 
 
-def products_of(shape: EncoderConfig, vocab_size: int, positions: int, mask_rate: float) -> list[Product]:
-    """The linear layers of the encoder; the head runs on targets alone."""
-    d, m, targets = shape.width, shape.mlp_width, round(mask_rate * positions)
-    layer = [(d, 3 * d), (d, d), (d, 2 * m), (m, d)]
-    head = [(d, d), (d, padded(vocab_size))]
-    return [Product(positions, *sides, shape.layers) for sides in layer] + [
-        Product(targets, *sides, 1) for sides in head
-    ]
+def products_of(shape: EncoderConfig, vocab_size: int, rows: int, length: int, mask_rate: float) -> list[Product]:
+    """What a micro-batch needs of the encoder, of so many rows of `length` positions."""
+    d, m, positions, targets = shape.width, shape.mlp_width, rows * length, round(mask_rate * rows * length)
+    last = shape.layers - 1
+    after = [(d, d), (d, 2 * m), (m, d)]  # of attention
+    found = [Product(1, positions, d, 3 * d, last)] + [Product(1, positions, *sides, last) for sides in after]
+    found += [Product(1, positions, d, 2 * d), Product(1, targets, d, d)]  # the last layer's keys and values; queries
+    found += [Product(1, targets, *sides) for sides in (*after, (d, d), (d, padded(vocab_size)))]  # and the head
+    for layer in range(shape.layers):
+        keys = length if shape.is_global(layer) else min(length, shape.window + 1)
+        queries = length if layer < last else round(mask_rate * length)
+        found.append(Product(shape.heads, queries, shape.head_width, keys, count=rows))
+        found.append(Product(shape.heads, queries, keys, shape.head_width, count=rows, as_is=True))
+    return found
 
 
-def peak_flops(ranks: int, products: list[Product], repeats: int) -> dict[str, float]:
-    """FLOP/s of `ranks` processes of one thread each that multiply at the same time, fp32: the best repeat, the median.
+def seconds_of(ranks: int, products: list[Product], repeats: int) -> float:
+    """Of `ranks` processes of one thread each that do all products at the same time, in fp32, the slowest's.
 
-    The best is the limit: a stricter one than the median, which other programs on the machine lower.
+    Each product at its best of `repeats`, by the faster of the libraries: a limit, and no mean.
     """
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(ranks)
     with ProcessPoolExecutor(ranks, context, initializer=meet_at, initargs=(barrier,)) as pool:
-        seconds = list(pool.map(multiply, [products] * ranks, [repeats] * ranks))
-    flops = sum(product.flops for product in products)
-    rates = [math.fsum(flops / each for each in together) for together in zip(*seconds, strict=True)]
-    return {"best": max(rates), "median": statistics.median(rates)}
+        return max(map(math.fsum, pool.map(multiply, [products] * ranks, [repeats] * ranks)))
 
 
 # ---- in each process
@@ -63,35 +74,39 @@ def meet_at(barrier: Barrier) -> None:
 
 
 def multiply(products: list[Product], repeats: int) -> list[float]:
-    """Seconds of each repeat of all products, by torch.mm or as the encoder does them, whichever is faster; a first
-    repeat warms up."""
+    """Seconds of each product, `count` of it."""
     torch.set_num_threads(1)
-    operands = [
-        (torch.randn(p.rows, p.inputs), torch.randn(p.outputs, p.inputs), torch.randn(p.rows, p.outputs))
-        for p in products
-    ]
-    results = [tuple(map(torch.empty_like, of)) for of in operands]
+    ways = [best_of(products, repeats)]
+    if use_faster_library(torch.device("cpu")):
+        ways.append(best_of(products, repeats))
+    return [min(seconds) for seconds in zip(*ways, strict=True)]
+
+
+def best_of(products: list[Product], repeats: int) -> list[float]:
+    """A first repeat warms up."""
+    operands = [operands_of(product) for product in products]
     seconds = []
     for _ in range(repeats + 1):
-        both = []
-        for way in (by_torch, by_encoder):
-            MEETING[0].wait(timeout=120)
-            started = time.perf_counter()
-            for shape, of, to in zip(products, operands, results, strict=True):
-                for _ in range(shape.count):
-                    way(*of, *to)
-            both.append(time.perf_counter() - started)
-        seconds.append(min(both))
-    return seconds[1:]
+        MEETING[0].wait(timeout=120)
+        seconds.append([timed(product, *of) for product, of in zip(products, operands, strict=True)])
+    return [min(each) for each in zip(*seconds[1:], strict=True)]
 
 
-def by_torch(x: Tensor, weight: Tensor, gradient: Tensor, to_x: Tensor, to_weight: Tensor, to_out: Tensor) -> None:
-    torch.mm(x, weight.T, out=to_out)
-    torch.mm(gradient, weight, out=to_x)
-    torch.mm(gradient.T, x, out=to_weight)
+def operands_of(product: Product) -> tuple[Tensor, Tensor, Tensor]:
+    """The two matrices, and the gradient of their product."""
+    batch, rows, inner, columns = product[:4]
+    right = torch.randn(batch, inner, columns) if product.as_is else torch.randn(batch, columns, inner).mT
+    return torch.randn(batch, rows, inner), right, torch.randn(batch, rows, columns)
 
 
-def by_encoder(x: Tensor, weight: Tensor, gradient: Tensor, to_x: Tensor, to_weight: Tensor, to_out: Tensor) -> None:
-    product(x, weight)
-    product(gradient, weight.T)
-    weight_gradient(gradient, x)
+def timed(product: Product, left: Tensor, right: Tensor, gradient: Tensor) -> float:
+    out, to_left, to_right = torch.empty_like(gradient), torch.empty_like(left), torch.empty_like(right)
+    started = time.perf_counter()
+    for _ in range(product.count):
+        torch.bmm(left, right, out=out)
+        torch.bmm(gradient, right.mT, out=to_left)
+        if product.as_is:
+            torch.bmm(left.mT, gradient, out=to_right)
+        else:
+            torch.bmm(gradient.mT, left, out=to_right.mT)
+    return time.perf_counter() - started

@@ -9,8 +9,8 @@ line of JSON for each system and round, then one for each system with its median
 tokens_per_second  of all ranks, positions that are not padding, over the steps after the first quarter: by the wall
                    clock, with all that a step takes: loader, masks, engine, logging, W&B (offline)
 loss               mean training loss of the last quarter of the steps
-limit              what the machine's matrix products at the encoder's shapes would allow (benchmarks/products.py),
-                   counting only the arithmetic that the objective needs (models.flops_per_token)
+limit              what the machine's matrix products at the encoder's shapes would allow, counting only the
+                   arithmetic that the objective needs (benchmarks/products.py)
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import ON_CPU, Failed, add_shape, build_shards, machine, run, shape_of  # noqa: E402
 from benchmarks.loader_data import dump_documents  # noqa: E402
-from benchmarks.products import peak_flops, products_of  # noqa: E402
+from benchmarks.products import products_of, seconds_of  # noqa: E402
 from mlm_dist import models, vocab  # noqa: E402
 from mlm_dist.encoder import padded  # noqa: E402
 from mlm_dist.manifest import load_manifest  # noqa: E402
@@ -73,11 +73,9 @@ class Work:
         self.manifest = load_manifest(self.shards / "train")
         self.vocab = vocab.load(self.shards / "tokenizer")
         self.shape = shape_of(args)
-        config = ModelConfig(encoder=self.shape)
         with torch.device("meta"):
-            model = models.build(config, self.vocab.size, args.row_tokens)
+            model = models.build(ModelConfig(encoder=self.shape), self.vocab.size, args.row_tokens)
         self.parameters = models.count_parameters(model)
-        self.flops_per_token = models.flops_per_token(config, model, self.vocab.size, args.row_tokens, args.mask_rate)
         self.warm_steps, self.warmup_steps = args.steps // 4, args.steps // 10
 
     def task(self, model: str, scratch: Path) -> dict[str, Any]:
@@ -158,13 +156,11 @@ def peer(script: str, model: str = "") -> Callable[[Work, Path], dict[str, Any]]
 def measure_limit(work: Work, scratch: Path) -> dict[str, Any]:
     """The tokens a second at which matrix products alone would do the objective's arithmetic."""
     args = work.args
-    products = products_of(work.shape, work.vocab.size, args.micro_rows * args.row_tokens, args.mask_rate)
-    flops = peak_flops(args.ranks, products, args.repeats)
+    products = products_of(work.shape, work.vocab.size, args.micro_rows, args.row_tokens, args.mask_rate)
+    seconds = seconds_of(args.ranks, products, args.repeats)
     return {
-        "tokens_per_second": round(flops["best"] / work.flops_per_token, 1),
-        "gflops": round(flops["best"] / 1e9, 2),
-        "gflops_median": round(flops["median"] / 1e9, 2),
-        "flops_per_token": work.flops_per_token,
+        "tokens_per_second": round(args.ranks * args.micro_rows * args.row_tokens / seconds, 1),
+        "gflops": round(args.ranks * sum(product.flops for product in products) / seconds / 1e9, 2),
     }
 
 

@@ -1,7 +1,7 @@
-"""Attention on a CPU in training, one head of one row after another, forward and backward by hand.
+"""Attention on a CPU in training, some heads at a time, forward and backward by hand.
 
-A head's probabilities fit in the cache, and for rows of moderate length are kept: the backward pass needs no products
-to make them again, as flash attention's does. A window layer computes little outside its window.
+Their probabilities fit in the cache, and for rows of moderate length are kept: the backward pass needs no products to
+make them again, as flash attention's does. A window layer computes little outside its window.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlm_dist.cpu_products import product, product_plus
-
-QUERIES_TOGETHER = 256  # fewer waste less outside a window, and make the products slower
+QUERIES_TOGETHER = (64, 256)  # at least and at most: fewer waste less outside a window, and make the products slower
+SCORES_TOGETHER = 2**18  # 1 MB: more leave the cache, fewer are more calls than they need be
 LONGEST_KEPT = 512  # positions in a row; the probabilities of longer ones take much memory, and are made again
 
 aten = torch.ops.aten
@@ -34,16 +33,25 @@ class Sight(NamedTuple):
         return Sight(mask, self.half_window, wanted)
 
 
+class Part(NamedTuple):
+    """Some heads of some rows, a span of their queries, and the keys that these can see."""
+
+    of_queries: tuple[slice, slice, slice]  # of a tensor (B, H, Q, D)
+    of_keys: tuple[slice, slice, slice]  # of a tensor (B, H, T, D)
+    mask: Tensor | None  # (b or 1, 1, q, t)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> tuple[Tensor, list[Tensor]]:
     """softmax(q k' + mask) v, (B, Q, H, D), and what `backward` is told.
 
-    q: (B, H, Q, D), k and v: (B, H, T, D), contiguous
+    q: (B, H, Q, D), k and v: (B, H, T, D)
     """
     rows, heads, queries, width = q.shape
     out, kept = q.new_empty(rows, queries, heads, width), []
-    for span, of_q, of_k, of_v, to in each(sight, q, k, v, out.transpose(1, 2)):
-        probabilities = attended(of_q[span.queries], of_k[span.keys], span.mask)
-        to[span.queries] = product(probabilities, of_v[span.keys].T)
+    for part in parts_of(sight, q, k):
+        probabilities = attended(part, q, k)
+        to = out.transpose(1, 2)[part.of_queries]
+        to.copy_(torch.bmm(probabilities, matrices(v, part.of_keys)).view(to.shape))
         if k.shape[2] <= LONGEST_KEPT:
             kept.append(probabilities)
     return out, kept
@@ -52,54 +60,69 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> tuple[Tensor, list
 def backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, sight: Sight, kept: Sequence[Tensor], to_v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of q and k, shaped as these, from that of the output, (B, H, Q, D), contiguous.
+    """The gradients of q and k, shaped as these, from that of the output, (B, H, Q, D).
 
-    to_v: where the gradient of v goes, shaped as v
+    to_v: zeros, shaped as v, where its gradient goes
     """
-    to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), to_v.zero_()
+    to_q, to_k = torch.empty_like(q), torch.zeros_like(k)
     known = iter(kept)
-    put = Tensor.copy_ if q.shape[2] <= QUERIES_TOGETHER else Tensor.add_  # a key may be seen from several spans
-    for span, of_q, of_k, of_v, coming, into_q, into_k, into_v in each(sight, q, k, v, gradient, to_q, to_k, to_v):
-        queries, keys = span.queries, span.keys
-        probabilities = next(known) if kept else attended(of_q[queries], of_k[keys], span.mask)
-        of_out = coming[queries]
-        put(into_v[keys], product(of_out.T, probabilities.T).T)
-        to_scores = product(of_out, of_v[keys])
+    put = Tensor.copy_ if q.shape[2] <= span_of(sight) else Tensor.add_  # a key may be seen from several spans
+    for part in parts_of(sight, q, k):
+        probabilities = next(known) if kept else attended(part, q, k)
+        coming = matrices(gradient, part.of_queries)
+        into_q, into_k, into_v = to_q[part.of_queries], to_k[part.of_keys], to_v[part.of_keys]
+        put(into_v, torch.bmm(probabilities.mT, coming).view(into_v.shape))
+        to_scores = torch.bmm(coming, matrices(v, part.of_keys).mT)
         to_scores = aten._softmax_backward_data(to_scores, probabilities, -1, torch.float32)
-        into_q[queries] = product(to_scores, of_k[keys].T)
-        put(into_k[keys], product(of_q[queries].T, to_scores.T).T)
+        into_q.copy_(torch.bmm(to_scores, matrices(k, part.of_keys)).view(into_q.shape))
+        put(into_k, torch.bmm(to_scores.mT, matrices(q, part.of_queries)).view(into_k.shape))
     return to_q, to_k
 
 
-def attended(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """The probabilities (Q, K) with which queries q (Q, D) attend to keys k (K, D)."""
-    return torch.softmax(product(q, k) if mask is None else product_plus(q, k, mask), dim=1)
+def attended(part: Part, q: Tensor, k: Tensor) -> Tensor:
+    """The probabilities (b h, q, t) with which a part's queries attend to its keys."""
+    scores = torch.bmm(matrices(q, part.of_queries), matrices(k, part.of_keys).mT)
+    if part.mask is not None:
+        scores.view(len(part.mask), -1, *scores.shape[1:]).add_(part.mask)
+    return torch.softmax(scores, dim=2)
 
 
-# ---- the products that there are: by row, head and span
+def matrices(x: Tensor, where: tuple[slice, slice, slice]) -> Tensor:
+    """Of x (B, H, N, D) what lies there, (b h, n, D), contiguous: a view would be copied for each of its products."""
+    return x[where].flatten(0, 1).contiguous()
 
 
-class Span(NamedTuple):
-    queries: slice
-    keys: slice  # that the queries can see
-    mask: Tensor | None  # (Q, K), contiguous
+# ---- the parts that there are
 
 
-def each(sight: Sight, q: Tensor, k: Tensor, *others: Tensor) -> Iterator[tuple[Span, *tuple[Tensor, ...]]]:
-    """Row by row, head by head and span by span: the span, and the head's matrix of each tensor (B, H, Q or T, D)."""
-    for row, of_row in enumerate(zip(*(tensor.unbind() for tensor in (q, k, *others)), strict=True)):
-        spans = list(spans_of(sight, row, q.shape[2], k.shape[2]))
-        for of_head in zip(*(tensor.unbind() for tensor in of_row), strict=True):
-            for span in spans:
-                yield span, *of_head
+def parts_of(sight: Sight, q: Tensor, k: Tensor) -> Iterator[Part]:
+    (rows, heads, queries, _), length = q.shape, k.shape[2]
+    span = span_of(sight)
+    of_head = min(span, queries) * min(span + 2 * sight.half_window, length)  # scores
+    together = max(1, SCORES_TOGETHER // max(1, of_head))
+    of_row, rows_together = min(together, heads), max(1, together // heads)
+    for row in range(0, rows, rows_together):
+        some = slice(row, row + rows_together)
+        for head in range(0, heads, of_row):
+            for first in range(0, queries, span):
+                here = slice(first, min(first + span, queries))
+                keys = keys_seen(sight, some, here, length)
+                mask = sight.mask
+                if mask is not None:
+                    mask = mask[some if len(mask) > 1 else slice(1), :, here, keys]
+                of = some, slice(head, head + of_row)
+                yield Part((*of, here), (*of, keys), mask)
 
 
-def spans_of(sight: Sight, row: int, queries: int, length: int) -> Iterator[Span]:
-    mask = sight.mask if sight.mask is None else sight.mask[min(row, len(sight.mask) - 1), 0]
-    for first in range(0, queries, QUERIES_TOGETHER):
-        last = min(first + QUERIES_TOGETHER, queries)
-        lowest, highest = first, last - 1
-        if sight.queries is not None:
-            lowest, highest = (int(end) for end in sight.queries[row, first:last].aminmax())
-        keys = slice(max(0, lowest - sight.half_window), min(length, highest + 1 + sight.half_window))
-        yield Span(slice(first, last), keys, None if mask is None else mask[first:last, keys].contiguous())
+def span_of(sight: Sight) -> int:
+    """How many queries are taken together."""
+    least, most = QUERIES_TOGETHER
+    return max(least, min(2 * sight.half_window, most))
+
+
+def keys_seen(sight: Sight, rows: slice, queries: slice, length: int) -> slice:
+    """The keys that some of these queries of these rows can see."""
+    lowest, highest = queries.start, queries.stop - 1
+    if sight.queries is not None:
+        lowest, highest = (int(end) for end in sight.queries[rows, queries].aminmax())
+    return slice(max(0, lowest - sight.half_window), min(length, highest + 1 + sight.half_window))

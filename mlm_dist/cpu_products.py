@@ -1,45 +1,33 @@
 """Products of matrices on a CPU, fp32, by whichever of torch's two libraries is faster there.
 
-torch.mm is MKL's, which uses AVX-512 on Intel's processors alone: on those of AMD that have it oneDNN takes less than
-half the time. The choice depends on the processor and on nothing measured, so that a run can be repeated bit for bit.
-A compiler can take none of these calls: what is compiled doesn't come here.
+torch multiplies fp32 by MKL, which uses AVX-512 on Intel's processors alone: on those of AMD that have it oneDNN takes
+half to nine tenths of the time. torch takes oneDNN for all products where it may round their factors to bf16. oneDNN
+does so in units for bf16 (AMX) and nowhere else: where there are none it multiplies in fp32. Whether it does is looked
+at, not believed. The choice depends on the processor and on nothing measured: a run can be repeated bit for bit.
 """
 
 import torch
-from torch import Tensor
 
 
-def onednn_is_faster() -> bool:
-    """Whether this is a processor of AMD's with AVX-512."""
+def use_faster_library(device: torch.device) -> bool:
+    """Have oneDNN do all products of this process where the device is a CPU on which it is faster; True if it is."""
+    before = torch.get_float32_matmul_precision()
+    if device.type != "cpu" or before != "highest" or not is_amd_with_avx512():
+        return False
+    torch.set_float32_matmul_precision("medium")
+    if keeps_fp32():
+        return True
+    torch.set_float32_matmul_precision(before)
+    return False
+
+
+def is_amd_with_avx512() -> bool:
     cpu = torch.cpu.get_capabilities()
     return torch.backends.mkldnn.is_available() and "AMD" in cpu.get("cpu_name", "") and cpu.get("avx512_f", False)
 
 
-BY_ONEDNN = onednn_is_faster()
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight' + bias, (n, m), for x (n, k), weight (m, k) and bias (m,).
-
-    x and weight: contiguous or transposed; oneDNN multiplies other views many hundred times slower
-    """
-    if BY_ONEDNN:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
-
-
-def product_plus(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
-    """x weight' + other (n, m), as in `product`."""
-    if BY_ONEDNN:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")
-    return torch.addmm(other, x, weight.T)
-
-
-def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """gradient' x (m, k), maybe transposed in memory, for gradient (n, m) and x (n, k), both contiguous."""
-    if BY_ONEDNN and len(x) > 0:  # it has no sums of nothing
-        # the first factor is copied: the smaller one. torch's mkldnn_linear_backward_weights copies both.
-        if x.shape[1] <= gradient.shape[1]:
-            return product(x.T, gradient.T).T
-        return product(gradient.T, x.T)
-    return torch.mm(gradient.T, x)
+def keeps_fp32() -> bool:
+    """Whether products keep the last digit of their factors."""
+    digit = torch.full((64, 64), 1 + 2**-23)
+    one = torch.eye(64)
+    return all(torch.equal(found, digit) for found in (digit @ one, one @ digit, torch.bmm(digit[None], one[None])[0]))

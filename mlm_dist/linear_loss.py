@@ -1,7 +1,7 @@
 """Cross entropy of a linear layer's logits on a CPU, without keeping the logits.
 
-A few rows' logits fit in the cache: their losses are read off, the logits become their own gradient in place, and that
-is multiplied on at once. Logits of a whole batch would go through the memory seven times. After the chunked loss of
+A few rows' logits fit in the cache: their losses are read off, what becomes of them is their gradient, and that is
+multiplied on at once. Logits of a whole batch would go through the memory seven times. After the chunked loss of
 Liger Kernel (Hsu et al., arXiv 2410.10989).
 """
 
@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from mlm_dist.cpu_products import product, weight_gradient
 
 LOGITS_TOGETHER = 2**21  # 8 MB: more leave the cache, fewer are more products and sums than they need be
 
@@ -33,24 +31,24 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         to_x, to_weight, to_bias = torch.empty_like(x), None, torch.zeros_like(bias)
         loss, correct = x.new_zeros(()), labels.new_zeros(())
+        counts = labels != ignored
+        target = torch.where(counts, labels, 0)[:, None]
+        counts, counted = counts.to(x.dtype), x * counts[:, None]
         together = max(1, LOGITS_TOGETHER // len(weight))
         for first in range(0, len(x), together):
             rows = slice(first, first + together)
-            counts = labels[rows] != ignored
-            target = torch.where(counts, labels[rows], 0)[:, None]
-            logits = product(x[rows], weight, bias)
-            largest = logits.amax(dim=1, keepdim=True)
-            of_target = logits.gather(1, target) - largest
-            correct += (counts & (of_target == 0)[:, 0]).sum()
-            total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-            loss += torch.where(counts, (total.log() - of_target)[:, 0], 0).sum()
-            # what follows is the gradient of the loss by the logits: softmax, less 1 at the label
-            counts = counts[:, None].to(x.dtype)
-            logits.mul_(counts / total).scatter_add_(1, target, -counts)
-            to_x[rows] = product(logits, weight.T)
-            of_rows = weight_gradient(logits, x[rows])
+            logits = torch.mm(x[rows], weight.T).add_(bias)
+            below = logits.gather(1, target[rows])[:, 0] - logits.amax(dim=1)
+            correct += ((below == 0) * counts[rows]).sum().long()
+            gradient = torch.softmax(logits, dim=1)
+            # the largest logit has the largest probability, at least 1 / V: its logarithm is exact
+            loss -= torch.dot(counts[rows], gradient.amax(dim=1).log() + below)
+            gradient.scatter_add_(1, target[rows], gradient.new_full((len(gradient), 1), -1))
+            torch.mm(gradient, weight, out=to_x[rows])
+            of_rows = torch.mm(gradient.T, counted[rows])
             to_weight = of_rows if to_weight is None else to_weight.add_(of_rows)
-            to_bias.add_(logits.sum(dim=0))
+            to_bias.addmv_(gradient.T, counts[rows])
+        to_x *= counts[:, None]
         ctx.save_for_backward(to_x, torch.zeros_like(weight) if to_weight is None else to_weight, to_bias)
         ctx.mark_non_differentiable(correct)
         return loss, correct

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from mlm_dist.cpu_products import product
 from mlm_dist.cursor import Progress, Stand
 from mlm_dist.engine import StepSums
 from mlm_dist.logs import said
@@ -254,11 +253,10 @@ def peak_memory(device: torch.device) -> int:
 def measured_peak_flops(device: torch.device, size: int = 1024, repeats: int = 20) -> float:
     """The best of a few square matrix products of the device, FLOP/s: fp32 on a CPU, bf16 on a GPU."""
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    multiply = torch.mm if device.type == "cuda" else product
     best = math.inf
     for _ in range(repeats):
         started = time.perf_counter()
-        multiply(matrix, matrix)[0, 0].item()
+        torch.mm(matrix, matrix)[0, 0].item()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
 

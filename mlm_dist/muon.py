@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlm_dist.adam import adamw_step
-from mlm_dist.cpu_products import product
 from mlm_dist.pieces import Flat, Piece, Pieced
 from mlm_dist.schema import setting
 from mlm_dist.world import World
@@ -72,16 +71,9 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     x = matrices.mT if tall else matrices  # (n, r, c) with r <= c
     x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-12)).to(dtype)
     for _ in range(steps):
-        squared = multiply(x, x)  # (n, r, r)
-        x = a * x + multiply(b * squared + c * multiply(squared, squared), x.mT)
+        squared = x @ x.mT  # (n, r, r)
+        x = a * x + (b * squared + c * squared @ squared) @ x
     return x.mT if tall else x
-
-
-def multiply(x: Tensor, y: Tensor) -> Tensor:
-    """x y' of matrices (n, r, k) and (n, c, k): (n, r, c)."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        return torch.stack([product(one, other) for one, other in zip(x, y, strict=True)])
-    return x @ y.mT
 
 
 def orthogonalise(matrices: Sequence[Tensor], steps: int, device: torch.device) -> None:

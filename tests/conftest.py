@@ -1,11 +1,14 @@
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mlm_dist import shards, vocab
+from mlm_dist.cpu_products import use_faster_library
 from mlm_dist.shards import Record
 
 # before anything imports deepspeed: tests run on the CPU, wherever they run
@@ -50,3 +53,13 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_toy_split(folder / "train", tokenizer, documents, 8)
     write_toy_split(folder / "valid", tokenizer, toy_documents(40, seed=2), 2)
     return folder
+
+
+@pytest.fixture(params=["MKL", "oneDNN"])
+def library(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Products on the CPU by each library that a run may take."""
+    before = torch.get_float32_matmul_precision()
+    if request.param == "oneDNN" and not use_faster_library(torch.device("cpu")):
+        pytest.skip("oneDNN is no faster on this processor: no run takes it here")
+    yield
+    torch.set_float32_matmul_precision(before)

@@ -3,28 +3,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlm_dist import cpu_attention, cpu_products
+from mlm_dist import cpu_attention
 from mlm_dist.cpu_attention import Sight
 from mlm_dist.encoder import attention_mask
 
-ROWS, HEADS, LENGTH, WIDTH = 3, 2, 50, 8
+ROWS, HEADS, LENGTH, WIDTH = 3, 3, 50, 8
 
 
 def segments() -> Tensor:
     return (torch.rand(ROWS, LENGTH) < 0.1).cumsum(dim=1)
 
 
-@pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("half_window", [LENGTH, 7])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("together", [16, LENGTH])
+@pytest.mark.parametrize("together", [(16, 16), (1, LENGTH)])
+@pytest.mark.parametrize("scores", [1, 3000, 2**18])  # a head of a row, several heads, several rows at a time
 @pytest.mark.parametrize("longest_kept", [LENGTH - 1, LENGTH])
 @pytest.mark.parametrize("some", [False, True])
 def test_outputs_and_gradients_are_those_of_torch(
-    monkeypatch, onednn: bool, half_window: int, packed: bool, together: int, longest_kept: int, some: bool
+    monkeypatch,
+    library: None,
+    half_window: int,
+    packed: bool,
+    together: tuple[int, int],
+    scores: int,
+    longest_kept: int,
+    some: bool,
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(cpu_products, "BY_ONEDNN", onednn)
+    monkeypatch.setattr(cpu_attention, "SCORES_TOGETHER", scores)
     monkeypatch.setattr(cpu_attention, "QUERIES_TOGETHER", together)
     monkeypatch.setattr(cpu_attention, "LONGEST_KEPT", longest_kept)
     wanted = torch.randint(LENGTH, (ROWS, 20)) if some else torch.arange(LENGTH).expand(ROWS, -1)  # some of them twice
@@ -38,7 +45,7 @@ def test_outputs_and_gradients_are_those_of_torch(
 
     out, kept = cpu_attention.forward(q, k, v, sight)
     assert bool(kept) == (longest_kept >= LENGTH)
-    to_v = torch.full((ROWS, LENGTH, HEADS, WIDTH), torch.nan).transpose(1, 2)  # new memory holds anything
+    to_v = torch.zeros(ROWS, LENGTH, HEADS, WIDTH).transpose(1, 2)
     found = [out.transpose(1, 2), *cpu_attention.backward(gradient, q, k, v, sight, kept, to_v), to_v]
 
     exact = [each.double().requires_grad_() for each in (q, k, v)]

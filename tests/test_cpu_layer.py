@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_dist import cpu_attention, cpu_layer, cpu_products
+from mlm_dist import cpu_attention, cpu_layer
 from mlm_dist.encoder import Encoder, EncoderConfig
 
 VOCAB, ROWS, LENGTH = 64, 5, 200
@@ -37,9 +37,7 @@ def outputs(encoder: Encoder, ids: Tensor, segments: Tensor | None, wanted: Tens
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("some", [False, True])
-@pytest.mark.parametrize("onednn", [False, True])
-def test_states_and_gradients_are_those_of_autograd(monkeypatch, packed: bool, some: bool, onednn: bool) -> None:
-    monkeypatch.setattr(cpu_products, "BY_ONEDNN", onednn)
+def test_states_and_gradients_are_those_of_autograd(monkeypatch, library: None, packed: bool, some: bool) -> None:
     encoder, (ids, segments) = model(), rows(packed)
     wanted = torch.randint(LENGTH, (ROWS, 30)) if some else None  # some of them twice
     by_hand = [each.clone() for each in outputs(encoder, ids, segments, wanted)]
