@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mlm_dist import masking, schema  # noqa: E402
+from mlm_dist.cpu_products import use_faster_library  # noqa: E402
 from mlm_dist.encoder import Encoder, EncoderConfig  # noqa: E402
 from mlm_dist.mlm import MLM  # noqa: E402
 
@@ -54,6 +55,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = torch.device(arguments.device)
+    use_faster_library(device)
     recipe = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     shape = schema.from_mapping(EncoderConfig, recipe["model"]["encoder"])
     ids = torch.randint(5, VOCAB_SIZE, (ROWS, LENGTH), device=device)

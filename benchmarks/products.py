@@ -1,8 +1,8 @@
 """The limit: how fast the machine's matrix products alone would do what an encoder's training needs of them.
 
 Needed is what the loss and its gradients depend on: in the last layer queries, output and MLP of the targets alone, in
-window layers the keys of the window, in the head the targets. A window's 129 keys are multiplied as if they were the
-same for all queries, which no kernel can use: it makes the limit stricter.
+window layers the keys of the window, in the head the targets, as if each row were one document. A window's keys are
+multiplied as if all queries had the same ones, which no kernel can do: the limit is the stricter for it.
 """
 
 import math
@@ -46,11 +46,16 @@ def products_of(shape: EncoderConfig, vocab_size: int, rows: int, length: int, m
     found += [Product(1, positions, d, 2 * d), Product(1, targets, d, d)]  # the last layer's keys and values; queries
     found += [Product(1, targets, *sides) for sides in (*after, (d, d), (d, padded(vocab_size)))]  # and the head
     for layer in range(shape.layers):
-        keys = length if shape.is_global(layer) else min(length, shape.window + 1)
+        keys = length if shape.is_global(layer) else keys_in_window(length, shape.window // 2)
         queries = length if layer < last else round(mask_rate * length)
         found.append(Product(shape.heads, queries, shape.head_width, keys, count=rows))
         found.append(Product(shape.heads, queries, keys, shape.head_width, count=rows, as_is=True))
     return found
+
+
+def keys_in_window(length: int, half_window: int) -> int:
+    """How many a query sees on average: fewer at a row's ends."""
+    return round(sum(1 + min(i, half_window) + min(length - 1 - i, half_window) for i in range(length)) / length)
 
 
 def seconds_of(ranks: int, products: list[Product], repeats: int) -> float:

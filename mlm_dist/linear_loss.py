@@ -32,23 +32,23 @@ class LinearCrossEntropy(torch.autograd.Function):
         to_x, to_weight, to_bias = torch.empty_like(x), None, torch.zeros_like(bias)
         loss, correct = x.new_zeros(()), labels.new_zeros(())
         counts = labels != ignored
-        target = torch.where(counts, labels, 0)[:, None]
-        counts, counted = counts.to(x.dtype), x * counts[:, None]
+        target, share = torch.where(counts, labels, 0)[:, None], counts.to(x.dtype)
+        counted = x * share[:, None]
         together = max(1, LOGITS_TOGETHER // len(weight))
         for first in range(0, len(x), together):
             rows = slice(first, first + together)
             logits = torch.mm(x[rows], weight.T).add_(bias)
             below = logits.gather(1, target[rows])[:, 0] - logits.amax(dim=1)
-            correct += ((below == 0) * counts[rows]).sum().long()
+            correct += (counts[rows] & (below == 0)).sum()
             gradient = torch.softmax(logits, dim=1)
             # the largest logit has the largest probability, at least 1 / V: its logarithm is exact
-            loss -= torch.dot(counts[rows], gradient.amax(dim=1).log() + below)
+            loss -= torch.where(counts[rows], gradient.amax(dim=1).log() + below, 0).sum()
             gradient.scatter_add_(1, target[rows], gradient.new_full((len(gradient), 1), -1))
             torch.mm(gradient, weight, out=to_x[rows])
             of_rows = torch.mm(gradient.T, counted[rows])
             to_weight = of_rows if to_weight is None else to_weight.add_(of_rows)
-            to_bias.addmv_(gradient.T, counts[rows])
-        to_x *= counts[:, None]
+            to_bias.addmv_(gradient.T, share[rows])
+        to_x *= share[:, None]
         ctx.save_for_backward(to_x, torch.zeros_like(weight) if to_weight is None else to_weight, to_bias)
         ctx.mark_non_differentiable(correct)
         return loss, correct

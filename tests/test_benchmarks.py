@@ -10,7 +10,9 @@ import pytest
 import torch
 from launching import TINY
 
-from benchmarks import gpu, time_to_loss
+from benchmarks import gpu, products, time_to_loss
+from mlm_dist.encoder import Encoder, EncoderConfig, attention_mask
+from mlm_dist.models import ModelConfig, flops_per_token
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +91,30 @@ def throughput(folder: Path, *options: object) -> list[dict]:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["benchmark"] for line in lines} == {"throughput"}
     return lines[1:]
+
+
+@pytest.mark.parametrize("window", [128, 16])
+def test_the_limit_counts_all_arithmetic_where_every_token_is_a_target_and_less_elsewhere(window: int) -> None:
+    shape = EncoderConfig(layers=4, width=64, heads=2, mlp_width=96, max_positions=64, window=window)
+    model = Encoder(shape, 300)
+
+    def counted(mask_rate: float) -> float:
+        """Of a token."""
+        return sum(product.flops for product in products.products_of(shape, 300, 3, 64, mask_rate)) / (3 * 64)
+
+    whole = flops_per_token(ModelConfig(encoder=shape), model, 300, 64, 1.0)
+    whole -= 6 * sum(weight.numel() for weight in model.model.layers.parameters() if weight.ndim == 1)  # no products
+    if window == 16:
+        whole -= 2 * 12 * 64  # in 2 of the layers 16 keys a query on average, not 17: fewer at a row's ends
+    assert counted(1.0) == whole
+    assert counted(0.25) < counted(0.5) < counted(1.0)
+
+
+@pytest.mark.parametrize(("length", "half_window"), [(1, 4), (10, 1), (64, 8), (64, 63), (64, 200)])
+def test_a_query_has_as_many_keys_as_the_mask_of_attention_leaves(length: int, half_window: int) -> None:
+    mask = attention_mask(None, length, half_window, like=torch.ones(()))
+    seen = length if mask is None else (mask == 0).sum().item() / length
+    assert products.keys_in_window(length, half_window) == round(seen)
 
 
 @pytest.mark.slow
