@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlm_dist import masking, metrics, optim, stream, vocab, world
 from mlm_dist.batch_size import BatchConfig
-from mlm_dist.cpu_products import use_faster_library
 from mlm_dist.encoder import Encoder, EncoderConfig
 from mlm_dist.engine import Engine, forward_sums
 from mlm_dist.engine_config import EngineConfig, resolve_precision
@@ -243,7 +242,6 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     task = Task(**json.loads(parser.parse_args().task.read_text()))
     with world.join(TIMEOUT_SECONDS) as here:
-        use_faster_library(here.device)
         lines = measure(task, here)
         if here.is_main:
             Path(task.out).write_text("".join(json.dumps(line) + "\n" for line in lines))

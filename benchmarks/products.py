@@ -8,15 +8,19 @@ multiplied as if all queries had the same ones, which no kernel can do: the limi
 import math
 import multiprocessing
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing.synchronize import Barrier
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from mlm_dist.cpu_products import use_faster_library
 from mlm_dist.encoder import EncoderConfig, padded
+from mlm_dist.linear_loss import LOGITS_TOGETHER
+
+Call = Callable[[], object]
 
 
 class Product(NamedTuple):
@@ -29,11 +33,11 @@ class Product(NamedTuple):
     rows: int
     inner: int
     columns: int
-    count: int = 1  # how often it is needed
+    count: float = 1  # how often it is needed
     as_is: bool = False
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> float:
         return 3 * 2 * self.batch * self.rows * self.inner * self.columns * self.count
 
 
@@ -44,7 +48,10 @@ def products_of(shape: EncoderConfig, vocab_size: int, rows: int, length: int, m
     after = [(d, d), (d, 2 * m), (m, d)]  # of attention
     found = [Product(1, positions, d, 3 * d, last)] + [Product(1, positions, *sides, last) for sides in after]
     found += [Product(1, positions, d, 2 * d), Product(1, targets, d, d)]  # the last layer's keys and values; queries
-    found += [Product(1, targets, *sides) for sides in (*after, (d, d), (d, padded(vocab_size)))]  # and the head
+    found += [Product(1, targets, *sides) for sides in (*after, (d, d))]  # and the head's first
+    vocabulary = padded(vocab_size)
+    together = max(1, min(targets, LOGITS_TOGETHER // vocabulary))  # all of them would leave the cache
+    found.append(Product(1, together, d, vocabulary, count=targets / together))
     for layer in range(shape.layers):
         keys = length if shape.is_global(layer) else keys_in_window(length, shape.window // 2)
         queries = length if layer < last else round(mask_rate * length)
@@ -79,39 +86,40 @@ def meet_at(barrier: Barrier) -> None:
 
 
 def multiply(products: list[Product], repeats: int) -> list[float]:
-    """Seconds of each product, `count` of it."""
+    """Seconds of each product and of each gradient, `count` of it."""
     torch.set_num_threads(1)
-    ways = [best_of(products, repeats)]
-    if use_faster_library(torch.device("cpu")):
-        ways.append(best_of(products, repeats))
+    calls = [(product.count, call) for product in products for call in calls_of(product)]
+    ways = [best_of(calls, repeats)]
+    if use_faster_library():
+        ways.append(best_of(calls, repeats))
     return [min(seconds) for seconds in zip(*ways, strict=True)]
 
 
-def best_of(products: list[Product], repeats: int) -> list[float]:
-    """A first repeat warms up."""
-    operands = [operands_of(product) for product in products]
-    seconds = []
+def best_of(calls: list[tuple[float, Call]], repeats: int) -> list[float]:
+    """Of each call the least seconds in which it was made `count` times; a first repeat warms up."""
+    repeated = []
     for _ in range(repeats + 1):
         MEETING[0].wait(timeout=120)
-        seconds.append([timed(product, *of) for product, of in zip(products, operands, strict=True)])
-    return [min(each) for each in zip(*seconds[1:], strict=True)]
+        repeated.append([timed(count, call) for count, call in calls])
+    return [min(seconds) for seconds in zip(*repeated[1:], strict=True)]
 
 
-def operands_of(product: Product) -> tuple[Tensor, Tensor, Tensor]:
-    """The two matrices, and the gradient of their product."""
-    batch, rows, inner, columns = product[:4]
-    right = torch.randn(batch, inner, columns) if product.as_is else torch.randn(batch, columns, inner).mT
-    return torch.randn(batch, rows, inner), right, torch.randn(batch, rows, columns)
-
-
-def timed(product: Product, left: Tensor, right: Tensor, gradient: Tensor) -> float:
-    out, to_left, to_right = torch.empty_like(gradient), torch.empty_like(left), torch.empty_like(right)
+def timed(count: float, call: Call) -> float:
+    times = math.ceil(count)
     started = time.perf_counter()
-    for _ in range(product.count):
-        torch.bmm(left, right, out=out)
-        torch.bmm(gradient, right.mT, out=to_left)
-        if product.as_is:
-            torch.bmm(left.mT, gradient, out=to_right)
-        else:
-            torch.bmm(gradient.mT, left, out=to_right.mT)
-    return time.perf_counter() - started
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - started) * count / times
+
+
+def calls_of(product: Product) -> tuple[Call, Call, Call]:
+    """The product and its two gradients, into tensors that are there already."""
+    batch, rows, inner, columns = product[:4]
+    left, out = torch.randn(batch, rows, inner), torch.randn(batch, rows, columns)
+    right = torch.randn(batch, inner, columns) if product.as_is else torch.randn(batch, columns, inner).mT
+    to_out, to_left, to_right = map(torch.empty_like, (out, left, right))
+    if product.as_is:
+        of_right = partial(torch.bmm, left.mT, out, out=to_right)
+    else:
+        of_right = partial(torch.bmm, out.mT, left, out=to_right.mT)
+    return partial(torch.bmm, left, right, out=to_out), partial(torch.bmm, out, right.mT, out=to_left), of_right

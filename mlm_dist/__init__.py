@@ -5,6 +5,7 @@ Reading order is import order: a module imports only modules above it in this li
     yaml_tree    YAML text -> a tree whose values know the file and line they came from
     schema       that tree -> frozen dataclasses; errors name the fix
     signals      what tells a run to stop, heard also inside a library
+    cpu_products products of matrices on a CPU, by the library that is faster there
     world        ranks, device, sums and agreed flags across ranks, stop signals
     background   copies on the host, and a thread that writes them beside training
     watchdog     what ends a run that hangs: stacks, the silent ranks, an exit code
@@ -26,7 +27,6 @@ Reading order is import order: a module imports only modules above it in this li
     batch_size   rows of a step: how they grow, and how the ranks share them
     stream       lanes -> batches, with the cursor that stands after each
     masking      which tokens, and what replaces them; keyed, stateless, on the device
-    cpu_products products of matrices on a CPU, by the library that is faster there
     linear_loss  a linear layer and its cross entropy in one, on a CPU
     mlm          MLM: the wrapper around any transformer; returns the loss, and on request its sums
     cpu_attention  attention in training on a CPU, by hand

@@ -58,25 +58,29 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> tuple[Tensor, list
 
 
 def backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, sight: Sight, kept: Sequence[Tensor], to_v: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients of q and k, shaped as these, from that of the output, (B, H, Q, D).
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sight: Sight,
+    kept: Sequence[Tensor],
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """From the gradient of the output, (B, H, Q, D), those of q, k and v: into tensors shaped as these.
 
-    to_v: zeros, shaped as v, where its gradient goes
+    into: zeros for k and v
     """
-    to_q, to_k = torch.empty_like(q), torch.zeros_like(k)
     known = iter(kept)
     put = Tensor.copy_ if q.shape[2] <= span_of(sight) else Tensor.add_  # a key may be seen from several spans
     for part in parts_of(sight, q, k):
         probabilities = next(known) if kept else attended(part, q, k)
         coming = matrices(gradient, part.of_queries)
-        into_q, into_k, into_v = to_q[part.of_queries], to_k[part.of_keys], to_v[part.of_keys]
-        put(into_v, torch.bmm(probabilities.mT, coming).view(into_v.shape))
+        to_q, to_k, to_v = into[0][part.of_queries], into[1][part.of_keys], into[2][part.of_keys]
+        put(to_v, torch.bmm(probabilities.mT, coming).view(to_v.shape))
         to_scores = torch.bmm(coming, matrices(v, part.of_keys).mT)
         to_scores = aten._softmax_backward_data(to_scores, probabilities, -1, torch.float32)
-        into_q.copy_(torch.bmm(to_scores, matrices(k, part.of_keys)).view(into_q.shape))
-        put(into_k, torch.bmm(to_scores.mT, matrices(q, part.of_queries)).view(into_k.shape))
-    return to_q, to_k
+        to_q.copy_(torch.bmm(to_scores, matrices(k, part.of_keys)).view(to_q.shape))
+        put(to_k, torch.bmm(to_scores.mT, matrices(q, part.of_queries)).view(to_k.shape))
 
 
 def attended(part: Part, q: Tensor, k: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The two halves of an encoder layer on a CPU, each forward and backward by hand.
 
 Autograd would go through the memory once for every addition, split, concatenation and copy between the products, some
-thirty times a layer. Here residuals are added by the product itself, and the gradients of q, k and v are made in the
-place where they are wanted.
+thirty times a layer. Here what can be done in place is, and the gradients of q, k and v are made where they are wanted.
 """
 
 from typing import Any, NamedTuple
@@ -87,9 +86,10 @@ class Attend(torch.autograd.Function):
             turns = turns.expand(rows, -1, -1)[of_row, wanted]
             sight = sight.of(wanted)
         paired = interleave(weight, heads)
-        q = by_head((asking @ paired[:width].T).view(rows, queries, width), heads)[0]
-        k, v = by_head((normal @ paired[width:].T).view(rows, length, 2 * width), heads, 2)
-        q, k = rotate(q, turns), rotate(k, place.turns)
+        (q,) = by_head((asking @ paired[:width].T).view(rows, queries, -1), heads, 1)
+        k, v = by_head((normal @ paired[width:].T).view(rows, length, -1), heads, 2)
+        rotate(q, turns)
+        rotate(k, place.turns)
         out, kept = cpu_attention.forward(q, k, v, sight)
         ctx.turns, ctx.sight = (turns, place.turns), sight
         ctx.save_for_backward(x, gain, paired, normal, mean, rstd, asking, index, q, k, v, *kept)
@@ -100,13 +100,12 @@ class Attend(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, paired, normal, mean, rstd, asking, index, q, k, v, *kept = ctx.saved_tensors
         (rows, heads, length, _), width = k.shape, paired.shape[1]
-        coming = by_head(gradient, heads)[0]
-        back = [turns.conj().resolve_conj() for turns in ctx.turns]
+        (coming,) = by_head(gradient, heads, 1)
         for_q, for_kv = torch.empty_like(asking), x.new_zeros(len(x), 2 * width)
-        into_k, into_v = by_head(for_kv.view(rows, length, 2 * width), heads, 2)
-        to_q, to_k = cpu_attention.backward(coming, q, k, v, ctx.sight, kept, into_v)
-        rotate(to_q, back[0], out=by_head(for_q.view(gradient.shape), heads)[0])
-        rotate(to_k, back[1], out=into_k)
+        into = *by_head(for_q.view(gradient.shape), heads, 1), *by_head(for_kv.view(rows, length, -1), heads, 2)
+        cpu_attention.backward(coming, q, k, v, ctx.sight, kept, into)
+        for turned, turns in zip(into, ctx.turns, strict=False):  # not v's
+            rotate(turned, turns.conj().resolve_conj())
         to_paired = torch.cat((for_q.T @ asking, for_kv.T @ normal))
         to_x, to_gain = for_kv @ paired[width:], None
         if index is None:
@@ -158,15 +157,11 @@ class Feed(torch.autograd.Function):
         return to_x.view(shape), to_attended.view(shape), to_project, to_gain, to_widen, to_narrow, None
 
 
-def by_head(x: Tensor, heads: int, parts: int = 1) -> tuple[Tensor, ...]:
+def by_head(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
     """The parts, (B, H, T, D) each, of x (B, T, parts H D)."""
     return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
-def rotate(x: Tensor, turns: Tensor, out: Tensor | None = None) -> Tensor:
-    """The pairs of x (B, H, T, D) multiplied by turns (B or 1, T, D / 2), into out or anew, contiguous."""
-    if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    pairs, into = (torch.view_as_complex(each.unflatten(-1, (-1, 2))) for each in (x, out))
-    torch.mul(pairs, turns[:, None], out=into)
-    return out
+def rotate(x: Tensor, turns: Tensor) -> None:
+    """Multiply the pairs of x (B, H, T, D), in place, by turns (B or 1, T, D / 2)."""
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns[:, None])

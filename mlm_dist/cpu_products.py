@@ -9,10 +9,13 @@ at, not believed. The choice depends on the processor and on nothing measured: a
 import torch
 
 
-def use_faster_library(device: torch.device) -> bool:
-    """Have oneDNN do all products of this process where the device is a CPU on which it is faster; True if it is."""
+def use_faster_library() -> bool:
+    """Have oneDNN do all fp32 products of this process on the CPU, if it is the faster one there; True if it is.
+
+    Where torch's matmul precision was set to anything already, that stands.
+    """
     before = torch.get_float32_matmul_precision()
-    if device.type != "cpu" or before != "highest" or not is_amd_with_avx512():
+    if before != "highest" or not is_amd_with_avx512():
         return False
     torch.set_float32_matmul_precision("medium")
     if keeps_fp32():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlm_dist import assembly, checkpoint, cpu_products, gpu_attention, mixture, models, schema, start, stream, world
+from mlm_dist import assembly, checkpoint, gpu_attention, mixture, models, schema, start, stream, world
 from mlm_dist.checkpoint import State
 from mlm_dist.config import RunConfig
 from mlm_dist.cursor import Progress
@@ -67,8 +67,6 @@ def prepare(cfg: RunConfig, folder: Path, here: World, watchdog: Watchdog, stack
     transformer = assembly.build_model(cfg, tokenizer, is_trained=saved is not None)
     flops = models.flops_per_token(cfg.model, transformer, tokenizer.size, cfg.batch.seq_len, cfg.masking.rate)
     model = assembly.objective(cfg, transformer, tokenizer)
-    if cpu_products.use_faster_library(here.device):
-        tracker.say("products of matrices by oneDNN, which is faster than MKL on this processor")
     if gpu_attention.use_flash_attention_3(here.device):
         tracker.say("attention by FlashAttention-3")
     resharded = saved is not None and checkpoint.needs_resharding(saved, here)

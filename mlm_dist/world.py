@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mlm_dist.cpu_products import use_faster_library
 from mlm_dist.schema import ConfigError
 from mlm_dist.signals import STOP_SIGNALS, hear
 
@@ -149,6 +150,7 @@ def pick_device(local_rank: int) -> torch.device:
     """This rank's GPU, or the CPU where there is none or DS_ACCELERATOR=cpu asks for it."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         keep_memory()
+        use_faster_library()
         share_cores(int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():

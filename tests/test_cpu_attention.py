@@ -45,8 +45,9 @@ def test_outputs_and_gradients_are_those_of_torch(
 
     out, kept = cpu_attention.forward(q, k, v, sight)
     assert bool(kept) == (longest_kept >= LENGTH)
-    to_v = torch.zeros(ROWS, LENGTH, HEADS, WIDTH).transpose(1, 2)
-    found = [out.transpose(1, 2), *cpu_attention.backward(gradient, q, k, v, sight, kept, to_v), to_v]
+    into = torch.full_like(q, torch.nan), *(torch.zeros(ROWS, LENGTH, HEADS, WIDTH).transpose(1, 2) for _ in range(2))
+    cpu_attention.backward(gradient, q, k, v, sight, kept, into)
+    found = [out.transpose(1, 2), *into]
 
     exact = [each.double().requires_grad_() for each in (q, k, v)]
     expected = F.scaled_dot_product_attention(*exact, None if mask is None else mask.double(), scale=1.0)

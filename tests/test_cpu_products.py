@@ -2,11 +2,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ranks import on_ranks
 
-from mlm_dist import cpu_products
-from mlm_dist.cpu_products import keeps_fp32, use_faster_library
-
-CPU = torch.device("cpu")
+from mlm_dist import cpu_products, world
+from mlm_dist.cpu_products import is_amd_with_avx512, keeps_fp32, use_faster_library
 
 
 @pytest.fixture(autouse=True)
@@ -32,23 +31,34 @@ def test_products_are_those_of_float64_by_either_library(library: None, rows: in
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 
 
-def test_it_is_the_processor_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for is_amd in (False, True):
-        monkeypatch.setattr(cpu_products, "is_amd_with_avx512", lambda is_amd=is_amd: is_amd)
-        chosen = use_faster_library(CPU)
-        assert chosen <= is_amd and keeps_fp32()
-        assert torch.get_float32_matmul_precision() == ("medium" if chosen else "highest")
+@pytest.mark.parametrize("is_amd", [False, True])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_it_is_the_processor_that_decides(monkeypatch: pytest.MonkeyPatch, is_amd: bool, keeps: bool) -> None:
+    monkeypatch.setattr(cpu_products, "is_amd_with_avx512", lambda: is_amd)
+    monkeypatch.setattr(cpu_products, "keeps_fp32", lambda: keeps)
+    assert use_faster_library() == (is_amd and keeps)
+    assert torch.get_float32_matmul_precision() == ("medium" if is_amd and keeps else "highest")
 
 
-def test_a_processor_that_would_round_keeps_the_other_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounded_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "is_amd_with_avx512", lambda: True)
-    with torch.autocast("cpu", torch.bfloat16):  # products are rounded here
-        assert not keeps_fp32() and not use_faster_library(CPU)
+    assert keeps_fp32()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not keeps_fp32() and not use_faster_library()
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_a_gpu_and_a_choice_of_ones_own_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ones_own_choice_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "is_amd_with_avx512", lambda: True)
-    assert not use_faster_library(torch.device("cuda")) and torch.get_float32_matmul_precision() == "highest"
     torch.set_float32_matmul_precision("high")
-    assert not use_faster_library(CPU) and torch.get_float32_matmul_precision() == "high"
+    assert not use_faster_library() and torch.get_float32_matmul_precision() == "high"
+
+
+def precision_of_a_rank() -> str:
+    with world.join(60):
+        return torch.get_float32_matmul_precision()
+
+
+def test_every_rank_on_a_cpu_multiplies_by_it() -> None:
+    expected = "medium" if is_amd_with_avx512() else "highest"
+    assert on_ranks(2, precision_of_a_rank) == [expected, expected]

@@ -11,11 +11,11 @@ PACKAGE = "mlm_dist"
 
 # A module imports only modules that stand before it here.
 LADDER = (
-    "yaml_tree schema signals world background watchdog pace vocab fetch redaction logs manifest samples cache remote "
-    "shards packing lanes mixture cursor loader batch_size stream masking cpu_products linear_loss mlm cpu_attention "
-    "cpu_layer gpu_attention encoder huggingface models pieces adam muon optim schedule compiling engine_config engine "
-    "metrics predictions run_folder mirror alerts tracker history charts panels notes report checkpoint saver evaluate "
-    "config assembly start prepare train card export"
+    "yaml_tree schema signals cpu_products world background watchdog pace vocab fetch redaction logs manifest samples "
+    "cache remote shards packing lanes mixture cursor loader batch_size stream masking linear_loss mlm cpu_attention "
+    "cpu_layer gpu_attention encoder huggingface models pieces adam muon optim schedule compiling engine_config "
+    "engine metrics predictions run_folder mirror alerts tracker history charts panels notes report checkpoint saver "
+    "evaluate config assembly start prepare train card export"
 ).split()
 ONLY_IN = {"webdataset": ("shards",), "wandb": ("mirror",), "deepspeed": ("engine", "checkpoint")}
 AROUND = ("launch", "shards", "tests", "benchmarks")  # folders beside the package, which it never imports
