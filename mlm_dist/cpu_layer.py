@@ -86,8 +86,8 @@ class Attend(torch.autograd.Function):
             turns = turns.expand(rows, -1, -1)[of_row, wanted]
             sight = sight.of(wanted)
         paired = interleave(weight, heads)
-        (q,) = by_head((asking @ paired[:width].T).view(rows, queries, -1), heads, 1)
-        k, v = by_head((normal @ paired[width:].T).view(rows, length, -1), heads, 2)
+        (q,) = by_head((asking @ paired[:width].T).view(rows, queries, width), heads, 1)
+        k, v = by_head((normal @ paired[width:].T).view(rows, length, 2 * width), heads, 2)
         rotate(q, turns)
         rotate(k, place.turns)
         out, kept = cpu_attention.forward(q, k, v, sight)
@@ -102,7 +102,7 @@ class Attend(torch.autograd.Function):
         (rows, heads, length, _), width = k.shape, paired.shape[1]
         (coming,) = by_head(gradient, heads, 1)
         for_q, for_kv = torch.empty_like(asking), x.new_zeros(len(x), 2 * width)
-        into = *by_head(for_q.view(gradient.shape), heads, 1), *by_head(for_kv.view(rows, length, -1), heads, 2)
+        into = *by_head(for_q.view(gradient.shape), heads, 1), *by_head(for_kv.view(rows, length, 2 * width), heads, 2)
         cpu_attention.backward(coming, q, k, v, ctx.sight, kept, into)
         for turned, turns in zip(into, ctx.turns, strict=False):  # not v's
             rotate(turned, turns.conj().resolve_conj())
