@@ -46,7 +46,7 @@ def products_of(shape: EncoderConfig, vocab_size: int, rows: int, length: int, m
     d, m, positions, targets = shape.width, shape.mlp_width, rows * length, round(mask_rate * rows * length)
     last = shape.layers - 1
     after = [(d, d), (d, 2 * m), (m, d)]  # of attention
-    found = [Product(1, positions, d, 3 * d, last)] + [Product(1, positions, *sides, last) for sides in after]
+    found = [Product(1, positions, *sides, last) for sides in ((d, 3 * d), *after)]
     found += [Product(1, positions, d, 2 * d), Product(1, targets, d, d)]  # the last layer's keys and values; queries
     found += [Product(1, targets, *sides) for sides in (*after, (d, d))]  # and the head's first
     vocabulary = padded(vocab_size)

@@ -107,13 +107,12 @@ def parts_of(sight: Sight, q: Tensor, k: Tensor) -> Iterator[Part]:
     of_row, rows_together = min(together, heads), max(1, together // heads)
     for row in range(0, rows, rows_together):
         some = slice(row, row + rows_together)
-        for head in range(0, heads, of_row):
-            for first in range(0, queries, span):
-                here = slice(first, min(first + span, queries))
-                keys = keys_seen(sight, some, here, length)
-                mask = sight.mask
-                if mask is not None:
-                    mask = mask[some if len(mask) > 1 else slice(1), :, here, keys]
+        for first in range(0, queries, span):
+            here = slice(first, min(first + span, queries))
+            keys, mask = keys_seen(sight, some, here, length), sight.mask
+            if mask is not None:
+                mask = mask[some if len(mask) > 1 else slice(1), :, here, keys]
+            for head in range(0, heads, of_row):
                 of = some, slice(head, head + of_row)
                 yield Part((*of, here), (*of, keys), mask)
 

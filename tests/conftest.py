@@ -55,13 +55,18 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["MKL", "oneDNN"])
-def library(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Products on the CPU by each library that a run may take."""
+@pytest.fixture
+def usual_precision() -> Iterator[None]:
+    """torch's matmul precision as it is in a new process, whatever the test makes of it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(params=["MKL", "oneDNN"])
+def library(request: pytest.FixtureRequest, usual_precision: None) -> None:
+    """Products on the CPU by each library that a run may take."""
     if request.param == "oneDNN" and not is_amd_with_avx512():
         pytest.skip("no run takes oneDNN on this processor")
     assert request.param == "MKL" or use_faster_library()
-    yield
-    torch.set_float32_matmul_precision(before)

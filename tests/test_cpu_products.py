@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 from ranks import on_ranks
@@ -7,13 +5,7 @@ from ranks import on_ranks
 from mlm_dist import cpu_products, world
 from mlm_dist.cpu_products import is_amd_with_avx512, keeps_fp32, use_faster_library
 
-
-@pytest.fixture(autouse=True)
-def precision_as_before() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
+pytestmark = pytest.mark.usefixtures("usual_precision")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
