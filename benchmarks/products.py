@@ -88,19 +88,19 @@ def meet_at(barrier: Barrier) -> None:
 def multiply(products: list[Product], repeats: int) -> list[float]:
     """Seconds of each product and of each gradient, `count` of it."""
     torch.set_num_threads(1)
-    calls = [(product.count, call) for product in products for call in calls_of(product)]
+    calls = [(product.count, either) for product in products for either in calls_of(product)]
     ways = [best_of(calls, repeats)]
     if use_faster_library():
         ways.append(best_of(calls, repeats))
     return [min(seconds) for seconds in zip(*ways, strict=True)]
 
 
-def best_of(calls: list[tuple[float, Call]], repeats: int) -> list[float]:
-    """Of each call the least seconds in which it was made `count` times; a first repeat warms up."""
+def best_of(calls: list[tuple[float, tuple[Call, ...]]], repeats: int) -> list[float]:
+    """Of each product the least seconds in which one of its calls was made `count` times; a first repeat warms up."""
     repeated = []
     for _ in range(repeats + 1):
         MEETING[0].wait(timeout=120)
-        repeated.append([timed(count, call) for count, call in calls])
+        repeated.append([min(timed(count, call) for call in either) for count, either in calls])
     return [min(seconds) for seconds in zip(*repeated[1:], strict=True)]
 
 
@@ -112,14 +112,14 @@ def timed(count: float, call: Call) -> float:
     return (time.perf_counter() - started) * count / times
 
 
-def calls_of(product: Product) -> tuple[Call, Call, Call]:
-    """The product and its two gradients, into tensors that are there already."""
+def calls_of(product: Product) -> list[tuple[Call, ...]]:
+    """The product and its two gradients, into tensors that are there already; a weight's either way round."""
     batch, rows, inner, columns = product[:4]
     left, out = torch.randn(batch, rows, inner), torch.randn(batch, rows, columns)
     right = torch.randn(batch, inner, columns) if product.as_is else torch.randn(batch, columns, inner).mT
     to_out, to_left, to_right = map(torch.empty_like, (out, left, right))
-    if product.as_is:
-        of_right = partial(torch.bmm, left.mT, out, out=to_right)
-    else:
-        of_right = partial(torch.bmm, out.mT, left, out=to_right.mT)
-    return partial(torch.bmm, left, right, out=to_out), partial(torch.bmm, out, right.mT, out=to_left), of_right
+    of_right = [partial(torch.bmm, left.mT, out, out=to_right.contiguous())]
+    if not product.as_is:
+        of_right.append(partial(torch.bmm, out.mT, left, out=to_right.mT))
+    of_left = partial(torch.bmm, out, right.mT, out=to_left)
+    return [(partial(torch.bmm, left, right, out=to_out),), (of_left,), tuple(of_right)]

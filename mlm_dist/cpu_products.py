@@ -24,6 +24,10 @@ def use_faster_library() -> bool:
     return False
 
 
+def onednn_multiplies() -> bool:
+    return torch.get_float32_matmul_precision() == "medium"
+
+
 def is_amd_with_avx512() -> bool:
     cpu = torch.cpu.get_capabilities()
     return torch.backends.mkldnn.is_available() and "AMD" in cpu.get("cpu_name", "") and cpu.get("avx512_f", False)

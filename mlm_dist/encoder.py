@@ -102,7 +102,7 @@ def attention_mask(segments: Tensor | None, length: int, half_window: int, like:
         allowed = near if allowed is None else allowed & near
     if allowed is None:
         return None
-    return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, -math.inf)[:, None]
+    return torch.where(allowed, like.new_zeros(()), -math.inf)[:, None]
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -266,7 +266,7 @@ class Trunk(nn.Module):
             if cpu_layer.usable(x):
                 half = config.head_width // 2
                 turns = torch.complex(cos[..., 0, half:], sin[..., 0, half:])
-                place = cpu_layer.Place(turns, cpu_layer.Sight(mask, half_window))
+                place = cpu_layer.Place(turns, cpu_layer.Sight(mask if mask is None else mask[:, 0], half_window))
             contexts[is_global] = Context(cos, sin, attend, place)
         return contexts
 

@@ -29,26 +29,25 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ignored: int
     ) -> tuple[Tensor, Tensor]:
-        to_x, to_weight, to_bias = torch.empty_like(x), None, torch.zeros_like(bias)
+        counts = (labels != ignored).nonzero()[:, 0]
+        counted, target = x.index_select(0, counts), labels.index_select(0, counts)[:, None]
+        to_counted, to_weight, to_bias = torch.empty_like(counted), None, torch.zeros_like(bias)
         loss, correct = x.new_zeros(()), labels.new_zeros(())
-        counts = labels != ignored
-        target, share = torch.where(counts, labels, 0)[:, None], counts.to(x.dtype)
-        counted = x * share[:, None]
         together = max(1, LOGITS_TOGETHER // len(weight))
-        for first in range(0, len(x), together):
+        for first in range(0, len(counted), together):
             rows = slice(first, first + together)
-            logits = torch.mm(x[rows], weight.T).add_(bias)
+            logits = torch.mm(counted[rows], weight.T).add_(bias)
             below = logits.gather(1, target[rows])[:, 0] - logits.amax(dim=1)
-            correct += (counts[rows] & (below == 0)).sum()
-            gradient = torch.softmax(logits, dim=1)
+            correct += (below == 0).sum()
+            gradient = torch.softmax(logits, dim=1, out=logits)
             # the largest logit has the largest probability, at least 1 / V: its logarithm is exact
-            loss -= torch.where(counts[rows], gradient.amax(dim=1).log() + below, 0).sum()
+            loss -= (gradient.amax(dim=1).log() + below).sum()
             gradient.scatter_add_(1, target[rows], gradient.new_full((len(gradient), 1), -1))
-            torch.mm(gradient, weight, out=to_x[rows])
+            torch.mm(gradient, weight, out=to_counted[rows])
             of_rows = torch.mm(gradient.T, counted[rows])
             to_weight = of_rows if to_weight is None else to_weight.add_(of_rows)
-            to_bias.addmv_(gradient.T, share[rows])
-        to_x *= share[:, None]
+            to_bias += gradient.sum(dim=0)
+        to_x = torch.zeros_like(x).index_copy_(0, counts, to_counted)
         ctx.save_for_backward(to_x, torch.zeros_like(weight) if to_weight is None else to_weight, to_bias)
         ctx.mark_non_differentiable(correct)
         return loss, correct
