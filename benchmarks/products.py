@@ -68,7 +68,8 @@ def keys_in_window(length: int, half_window: int) -> int:
 def seconds_of(ranks: int, products: list[Product], repeats: int) -> float:
     """Of `ranks` processes of one thread each that do all products at the same time, in fp32, the slowest's.
 
-    Each product at its best of `repeats`, by the faster of the libraries: a limit, and no mean.
+    Each product at its best of `repeats`, by the faster of the libraries, and the gradient of a weight the faster way
+    round: a limit, and no mean.
     """
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(ranks)

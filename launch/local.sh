@@ -9,8 +9,6 @@ ranks=()
 if [ "${DS_ACCELERATOR:-}" = cpu ] || ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
     cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
     export DS_ACCELERATOR=cpu
-    # glibc's heap in pages of 2 MB, where the system leaves that to each program
-    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
     ranks=(--num_gpus "${CPU_RANKS:-$((cores < 2 ? 1 : 2))}")
 fi
 exec "$python" -m deepspeed.launcher.runner --log_level error --master_port "$port" "${ranks[@]}" "$@"

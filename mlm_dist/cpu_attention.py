@@ -1,4 +1,4 @@
-"""Attention on a CPU in training, some heads at a time, forward and backward by hand.
+"""Attention on a CPU in training, some rows of a head at a time, forward and backward by hand.
 
 Their probabilities fit in the cache, and for rows of moderate length are kept: the backward pass needs no products to
 make them again, as flash attention's does. A window layer computes little outside its window.

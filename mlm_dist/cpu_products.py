@@ -25,6 +25,7 @@ def use_faster_library() -> bool:
 
 
 def onednn_multiplies() -> bool:
+    """Whether torch takes oneDNN for its fp32 products on the CPU."""
     return torch.get_float32_matmul_precision() == "medium"
 
 

@@ -117,6 +117,16 @@ def test_a_query_has_as_many_keys_as_the_mask_of_attention_leaves(length: int, h
     assert products.keys_in_window(length, half_window) == round(seen)
 
 
+@pytest.mark.parametrize("as_is", [False, True])
+def test_the_limit_multiplies_what_it_says_and_a_weights_gradient_either_way_round(as_is: bool) -> None:
+    (product,), (of_left,), of_right = products.calls_of(products.Product(2, 3, 4, 5, as_is=as_is))
+    (left, right), (out, _) = product.args, of_left.args
+    torch.testing.assert_close(product(), left @ right)
+    torch.testing.assert_close(of_left(), out @ right.mT)
+    made = [call() for call in of_right]
+    torch.testing.assert_close(made, [left.mT @ out] if as_is else [left.mT @ out, out.mT @ left])
+
+
 @pytest.mark.slow
 def test_the_throughput_benchmark_measures_training_and_its_limit(tmp_path: Path) -> None:
     ours, limit, our_summary, limit_summary = throughput(tmp_path, "--only", "mlm_dist", "limit")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +39,11 @@ def outputs(encoder: Encoder, ids: Tensor, segments: Tensor | None, wanted: Tens
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("some", [False, True])
-def test_states_and_gradients_are_those_of_autograd(monkeypatch, library: None, packed: bool, some: bool) -> None:
+@pytest.mark.parametrize("head_by_head", [False, True])  # whichever library multiplies
+def test_states_and_gradients_are_those_of_autograd(
+    monkeypatch, library: None, packed: bool, some: bool, head_by_head: bool
+) -> None:
+    monkeypatch.setattr(cpu_layer, "onednn_multiplies", lambda: head_by_head)
     encoder, (ids, segments) = model(), rows(packed)
     wanted = torch.randint(LENGTH, (ROWS, 30)) if some else None  # some of them twice
     by_hand = [each.clone() for each in outputs(encoder, ids, segments, wanted)]
@@ -45,6 +51,20 @@ def test_states_and_gradients_are_those_of_autograd(monkeypatch, library: None, 
     for one, other in zip(by_hand, outputs(encoder, ids, segments, wanted), strict=True):
         assert one.shape == other.shape
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
+
+
+@pytest.mark.parametrize(("rows_", "length", "heads", "some"), [(1, 9, 1, 4), (2, 1, 4, 1), (3, 9, 2, 0), (0, 9, 2, 3)])
+def test_the_smallest_of_everything(monkeypatch, rows_: int, length: int, heads: int, some: int) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(replace(SHAPE, heads=heads), VOCAB)
+    ids, wanted = torch.randint(VOCAB, (rows_, length)), torch.randint(length, (rows_, some))
+    for asked in (wanted, None):
+        by_hand = [each.clone() for each in outputs(encoder, ids, None, asked)]
+        with monkeypatch.context() as plain:
+            plain.setattr(cpu_layer, "usable", lambda x: False)
+            expected = outputs(encoder, ids, None, asked)
+        for one, other in zip(by_hand, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max([1.0, *other.flatten().abs().tolist()]))
 
 
 def test_it_is_what_trains_on_a_cpu_and_nothing_else(monkeypatch) -> None:

@@ -49,3 +49,13 @@ def test_a_logit_that_is_not_a_number_shows() -> None:
     with torch.no_grad():
         leaves[0][2, 3] = torch.nan
     assert linear_cross_entropy(*leaves, labels, IGNORED_LABEL)[0].isnan()
+
+
+def test_an_ignored_row_changes_nothing_whatever_it_is() -> None:
+    *leaves, labels = operands(6, 2)
+    expected = torch.autograd.grad(linear_cross_entropy(*leaves, labels, IGNORED_LABEL)[0], leaves)
+    with torch.no_grad():
+        leaves[0][labels == IGNORED_LABEL] = torch.nan
+    loss, _ = linear_cross_entropy(*leaves, labels, IGNORED_LABEL)
+    assert loss.isfinite()
+    assert all(map(torch.equal, torch.autograd.grad(loss, leaves), expected))
