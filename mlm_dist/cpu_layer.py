@@ -114,7 +114,7 @@ class Attend(torch.autograd.Function):
             to_paired, to_x = (normal.T @ for_all).T, for_all @ paired
         else:
             for_q, for_kv = by_position(into[0]), by_position(*into[1:])
-            to_paired, to_x = torch.cat((for_q.T @ asking, for_kv.T @ normal)), for_kv @ paired[width:]
+            to_paired, to_x = torch.cat((asking.T @ for_q, normal.T @ for_kv), dim=1).T, for_kv @ paired[width:]
             to_x.index_add_(0, index, for_q @ paired[:width])
         to_gain = None
         if gain is not None:
